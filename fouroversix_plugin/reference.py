@@ -1,0 +1,227 @@
+"""THE SPECIFICATION: quantize, dequantize, linear and moe in plain fp32 torch, one operation a line.
+
+Every backend reproduces :func:`quantize` byte for byte. Nothing here is written for speed. All arithmetic is fp32,
+round to nearest, never fused, in the order written; constants are 0-d tensors on the operand's device because torch
+turns a division by a Python number into a multiplication by its reciprocal on GPUs.
+
+Sources: arXiv 2512.02010 (Four Over Six); the Python references of fouroversix, TransformerEngine and FlashInfer,
+whose bytes ``tests/test_reference.py`` compares with.
+
+Non-finite input has one pinned result, the same on every backend:
+
+- the amax of a row (or tensor) is not finite: codes and block scales 0, decode scale NaN. The row reads as NaN, as it
+  would in bf16, and no other row changes;
+- an amax was given and is finite, but a block is not: that block's scale is NaN (0x7F) and its codes are 0.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fouroversix_plugin.nvfp4 import E2M1_VALUES, NVFP4Tensor, check_columns, pack, unpack
+from fouroversix_plugin.recipe import BLOCK_SIZE, E2M1_MAX, E4M3_MAX, Granularity, Recipe
+
+_FLT_MAX = torch.finfo(torch.float32).max
+
+
+def quantize(x: Tensor, recipe: Recipe, granularity: Granularity = "tensor", amax: Tensor | None = None) -> NVFP4Tensor:
+    """Quantize x [M, K] (fp32, fp16 or bf16; K a multiple of 16).
+
+    Args:
+        recipe: what to compute.
+        granularity: one decode scale for the tensor, or one per row ("token").
+        amax: the largest magnitude to scale for, if not that of ``x``: fp32, [] for "tensor", [M] for "token".
+
+    Returns:
+        packed [M, K/2], block_scale [M, K/16], decode_scale [] or [M].
+    """
+    check_columns("x", x.shape[-1])
+    blocks = x.float().unflatten(-1, (-1, BLOCK_SIZE))  # [M, C, 16]
+    rows = x.shape[0]
+    if amax is None:
+        amax = row_amax(x) if granularity == "token" else row_amax(x.reshape(1, -1)).reshape(())
+    finite_amax = amax.isfinite()
+    A = torch.where(finite_amax, amax, 0.0)
+
+    enc, dec = global_scales(A, recipe)
+    # one value per row, shaped to meet [M, C, 16]
+    A_, enc_, dec_ = (scale.expand(rows).reshape(-1, 1, 1) for scale in (A, enc, dec))
+
+    v = blocks.abs().amax(dim=-1, keepdim=True)
+    six = _constant(E2M1_MAX, x)
+    b = (v / six) * enc_ if recipe.adaptive else v * (enc_ * (_constant(1.0, x) / six))
+    sf6, inv6 = _block_scale(b, dec_)
+    codes = e2m1_codes(blocks * inv6)
+    sf = sf6
+    if recipe.adaptive:
+        sf4, inv4 = _block_scale(b * 1.5, dec_)
+        codes4 = e2m1_codes(blocks * inv4)
+        error6 = _error(codes, sf6, blocks, A_, enc_, dec_, recipe)
+        error4 = _error(codes4, sf4, blocks, A_, enc_, dec_, recipe)
+        four = error4 < error6
+        codes, sf = torch.where(four, codes4, codes), torch.where(four, sf4, sf6)
+
+    zero = (v == 0) | ~finite_amax.expand(rows).reshape(-1, 1, 1)
+    broken = ~v.isfinite() & ~zero
+    codes = torch.where(zero | broken, 0, codes).to(torch.uint8)
+    sf = torch.where(zero, 0.0, sf).to(torch.float8_e4m3fn)
+    sf = torch.where(broken, 0x7F, sf.view(torch.uint8)).view(torch.float8_e4m3fn)
+    dec = torch.where(finite_amax, dec, torch.nan)
+    return NVFP4Tensor(pack(codes.flatten(-2)), sf.squeeze(-1), dec)
+
+
+def row_amax(x: Tensor) -> Tensor:
+    """Largest magnitude of each row of x [..., K] in fp32; NaN where the row holds one; 0 for an empty row."""
+    if x.shape[-1] == 0:
+        return torch.zeros(x.shape[:-1], dtype=torch.float32, device=x.device)
+    return x.abs().amax(dim=-1).float()
+
+
+def global_scales(amax: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """The encode scale (R * 6) / amax and its reciprocal, the decode scale, of finite fp32 ``amax``."""
+    enc = _constant(recipe.amax_code, amax) / amax
+    enc = enc.clamp(max=_FLT_MAX)
+    enc = torch.where((amax == 0) | (enc == 0), 1.0, enc)
+    return enc, _constant(1.0, amax) / enc
+
+
+def e2m1_codes(scaled: Tensor) -> Tensor:
+    """int64 codes 0..15 of fp32 values: nearest e2m1, ties to the even code, saturating; the sign of 0 is kept."""
+    magnitude = scaled.abs()
+    code = torch.zeros_like(scaled, dtype=torch.int64)
+    # A midpoint between codes n and n + 1 belongs to the even one: it counts as above only where n is odd.
+    for n in range(7):
+        midpoint = (E2M1_VALUES[n] + E2M1_VALUES[n + 1]) / 2
+        code += magnitude >= midpoint if n % 2 else magnitude > midpoint
+    return code + 8 * scaled.signbit()
+
+
+def e2m1_values(codes: Tensor) -> Tensor:
+    """fp32 values of codes 0..15."""
+    table = torch.tensor(E2M1_VALUES + tuple(-value for value in E2M1_VALUES), device=codes.device)
+    return table[codes.long()]
+
+
+def _block_scale(b: Tensor, dec: Tensor) -> tuple[Tensor, Tensor]:
+    """The E4M3 block scale nearest to b (in fp32) and what values are multiplied by to be encoded under it."""
+    sf = b.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
+    inv = _constant(1.0, b) / (sf * dec)
+    return sf, torch.where(sf == 0, _FLT_MAX, inv.clamp(max=_FLT_MAX))
+
+
+def _error(codes: Tensor, sf: Tensor, x: Tensor, A: Tensor, enc: Tensor, dec: Tensor, recipe: Recipe) -> Tensor:
+    """Error [M, C, 1] of one candidate, summed from column 0 to 15 in this order."""
+    q = e2m1_values(codes)
+    if recipe.error == "amax":
+        d = ((q * sf) * A) / _constant(recipe.amax_code, x) - x
+    elif recipe.error == "decode_scale":
+        d = (q * sf) * dec - x
+    else:
+        d = (q * sf) - x * enc
+    t = d * d if recipe.metric == "mse" else d.abs()
+    if recipe.metric == "abs_max":
+        return t.amax(dim=-1, keepdim=True)
+    total = torch.zeros_like(t[..., :1])
+    for i in range(BLOCK_SIZE):
+        total = total + t[..., i : i + 1]
+    return total
+
+
+def unscaled(packed: Tensor, block_scale: Tensor) -> Tensor:
+    """e2m1 * block_scale as fp32 [..., M, K]: at most 6 significant bits, so exact in bf16 and fp16 too."""
+    return e2m1_values(unpack(packed)) * block_scale.float().repeat_interleave(BLOCK_SIZE, dim=-1)
+
+
+def dequantize(q: NVFP4Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(e2m1 * block_scale) * decode_scale in fp32, rounded once to ``dtype``; [..., M, K]."""
+    return (unscaled(q.packed, q.block_scale) * q.row_decode_scale.unsqueeze(-1)).to(dtype)
+
+
+def quantize_values(x: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Quantize x [M, K] per token for a GEMM: e2m1 * block_scale in the dtype of x (exact), and token_scale [M]."""
+    q = quantize(x, recipe, "token")
+    return unscaled(q.packed, q.block_scale).to(x.dtype), q.decode_scale
+
+
+def scaled_matmul(x: Tensor, weight: Tensor, token_scale: Tensor | None, decode_scale: Tensor) -> Tensor:
+    """((x · weight^T) * token_scale) * decode_scale in fp32, [M, N].
+
+    ``weight`` is e2m1 * block_scale [N, K], ``decode_scale`` [N]. With ``token_scale`` [M] (W4A4), x is
+    e2m1 * block_scale too, and every product of the sum is exact in fp32.
+    """
+    y = x.float() @ weight.float().T
+    y = y if token_scale is None else y * token_scale.unsqueeze(-1)
+    return y * decode_scale
+
+
+def linear(x: Tensor, w: NVFP4Tensor, activations: Recipe | None = None, bias: Tensor | None = None) -> Tensor:
+    """y = x W^T + bias for x [M, K] and w [N, K], in the dtype of x.
+
+    ``activations`` None is W4A16; a recipe quantizes x per token first (W4A4).
+    """
+    y = _matmul(x, w, activations)
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def _matmul(x: Tensor, w: NVFP4Tensor, activations: Recipe | None) -> Tensor:
+    values, token_scale = (x, None) if activations is None else quantize_values(x, activations)
+    return scaled_matmul(values, unscaled(w.packed, w.block_scale), token_scale, w.row_decode_scale)
+
+
+def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """activation(gate) * up in fp32."""
+    if activation == "silu":
+        return F.silu(gate) * up
+    if activation == "gelu":
+        return F.gelu(gate) * up
+    if activation == "gelu_tanh":
+        return F.gelu(gate, approximate="tanh") * up
+    raise ValueError(f"activation: got {activation!r}, needed 'silu', 'gelu' or 'gelu_tanh'")
+
+
+def moe(
+    x: Tensor,
+    w13: NVFP4Tensor,
+    w2: NVFP4Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    activations: Recipe | None = None,
+    activation: str = "silu",
+    apply_router_weight_on_input: bool = False,
+) -> Tensor:
+    """Gated mixture of experts for x [M, H]: w13 [E, 2I, H] (gate rows, then up rows), w2 [E, H, I].
+
+    Gate, up and their product are rounded to the dtype of x, as separate kernels would hold them; with
+    ``activations`` both x and the product are quantized per token. The top-k sum runs in fp32 over the slots in order.
+    ``topk_ids`` [M, top_k] outside 0..E-1 (an expert of another rank is -1) contribute nothing.
+
+    Every expert sees every token, so that no shape or branch depends on the routing (CUDA graphs).
+    """
+    out_dtype, half = x.dtype, w13.shape[-2] // 2
+    slots = torch.zeros(*topk_ids.shape, w2.shape[-2], dtype=torch.float32, device=x.device)
+    for e in range(w13.shape[0]):
+        hit = topk_ids == e
+        expert_in = x
+        if apply_router_weight_on_input:
+            weight = (topk_weights.float() * hit).sum(dim=-1, keepdim=True)
+            expert_in = (x.float() * weight).to(out_dtype)
+        gate_up = linear(expert_in, w13[e], activations).float()
+        hidden = gated_activation(gate_up[:, :half], gate_up[:, half:], activation).to(out_dtype)
+        y = _matmul(hidden, w2[e], activations)
+        slots = torch.where(hit.unsqueeze(-1), y.unsqueeze(1), slots)
+    return combine(slots, topk_weights, apply_router_weight_on_input).to(out_dtype)
+
+
+def combine(slots: Tensor, topk_weights: Tensor, apply_router_weight_on_input: bool) -> Tensor:
+    """Sum of the top-k slots [M, top_k, H] in fp32, slot 0 first, weighted unless the input already was."""
+    total = torch.zeros(slots.shape[0], slots.shape[2], dtype=torch.float32, device=slots.device)
+    for k in range(slots.shape[1]):
+        slot = slots[:, k]
+        total = total + (slot if apply_router_weight_on_input else slot * topk_weights[:, k, None].float())
+    return total
+
+
+def _constant(value: float, like: Tensor) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32, device=like.device)
