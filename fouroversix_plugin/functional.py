@@ -1,0 +1,163 @@
+"""The public functions: arguments checked, a backend chosen, any leading dimensions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fouroversix_plugin.kernels import backends, select
+from fouroversix_plugin.nvfp4 import NVFP4Tensor, check_columns
+from fouroversix_plugin.recipe import Granularity, Recipe
+
+__all__ = ["backends", "dequantize", "linear", "moe", "quantize"]
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def quantize(
+    x: Tensor,
+    recipe: Recipe | None = None,
+    granularity: Granularity = "tensor",
+    amax: Tensor | float | None = None,
+    backend: str | None = None,
+) -> NVFP4Tensor:
+    """Quantize x to NVFP4, choosing for every block of 16 columns between 4 and 6.
+
+    Args:
+        x: [M, K] in bf16, fp16 or fp32; K a multiple of 16.
+        recipe: default ``Recipe()``.
+        granularity: "tensor" for one decode scale, "token" for one per row.
+        amax: largest magnitude to scale for instead of that of ``x``: a number for "tensor", float32 [M] for "token".
+        backend: a name of :func:`backends`; default the first that can.
+
+    Returns:
+        packed uint8 [M, K/2], block_scale float8_e4m3fn [M, K/16], decode_scale float32 [] or [M]. Non-finite input
+        has one pinned result (see :mod:`fouroversix_plugin.reference`).
+
+    Raises:
+        ValueError: wrong dtype, shape, amax or backend.
+    """
+    recipe = Recipe() if recipe is None else recipe
+    _check_matrix("x", x)
+    if granularity not in ("tensor", "token"):
+        raise ValueError(f"granularity: got {granularity!r}, needed 'tensor' or 'token'")
+    if amax is not None:
+        amax = torch.as_tensor(amax, dtype=torch.float32, device=x.device)
+        needed = () if granularity == "tensor" else (x.shape[0],)
+        if tuple(amax.shape) != needed:
+            raise ValueError(f"amax: got shape {tuple(amax.shape)}, needed {needed} for granularity {granularity!r}")
+        if bool((amax < 0).any()):
+            raise ValueError(f"amax: got {amax.min().item()}, needed magnitudes of 0 or more")
+    return select("quantize", "", x.shape, x.device, backend).quantize(x, recipe, granularity, amax)
+
+
+def dequantize(q: NVFP4Tensor, dtype: torch.dtype = torch.float32, backend: str | None = None) -> Tensor:
+    """(e2m1 * block_scale) * decode_scale in fp32, rounded once to ``dtype``: [..., M, K]."""
+    return select("dequantize", "", q.shape, q.device, backend).dequantize(q, dtype)
+
+
+def linear(
+    x: Tensor,
+    q: NVFP4Tensor,
+    activations: Recipe | None = None,
+    bias: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """y = x W^T + bias in the dtype of x.
+
+    Args:
+        x: [..., K] in bf16, fp16 or fp32.
+        q: the weight W, [N, K].
+        activations: None multiplies x as it is (W4A16); a recipe quantizes it per token first (W4A4).
+        bias: [N] or None.
+        backend: a name of :func:`backends`; default the first that can.
+
+    Returns:
+        [..., N].
+
+    Raises:
+        ValueError: dtypes, shapes, devices or a backend that do not fit.
+    """
+    flat = _flat(x)
+    _check_matrix("x", flat)
+    N = _check_weight("q", q, flat, dims=2)[0]
+    if bias is not None and tuple(bias.shape) != (N,):
+        raise ValueError(f"bias: got shape {tuple(bias.shape)}, needed ({N},)")
+    chosen = select("linear", _scheme(activations), q.shape, x.device, backend)
+    return chosen.linear(flat, q, activations, bias).reshape(*x.shape[:-1], N)
+
+
+def moe(
+    x: Tensor,
+    w13: NVFP4Tensor,
+    w2: NVFP4Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    activations: Recipe | None = None,
+    activation: str = "silu",
+    backend: str | None = None,
+    apply_router_weight_on_input: bool = False,
+) -> Tensor:
+    """Gated mixture of experts: for each token, the weighted sum over its experts of w2 (act(gate) * up).
+
+    Args:
+        x: [..., H] in bf16, fp16 or fp32.
+        w13: [E, 2I, H], gate rows first, then up rows.
+        w2: [E, H, I].
+        topk_weights: [..., top_k], floating point.
+        topk_ids: [..., top_k], integers; a slot outside 0..E-1 (-1: another rank's expert) contributes nothing.
+        activations: None (W4A16) or the recipe that quantizes x and the intermediate per token (W4A4).
+        activation: "silu", "gelu" or "gelu_tanh".
+        backend: a name of :func:`backends`; default the first that can.
+        apply_router_weight_on_input: scale an expert's input instead of its output.
+
+    Returns:
+        [..., H] in the dtype of x; the sum over slots runs in fp32 in order.
+
+    Raises:
+        ValueError: dtypes, shapes, devices or a backend that do not fit.
+    """
+    flat = _flat(x)
+    _check_matrix("x", flat)
+    E, twice_inner, H = _check_weight("w13", w13, flat, dims=3)
+    needed = (E, H, twice_inner // 2)
+    if tuple(w2.shape) != needed or w2.device != x.device:
+        raise ValueError(f"w2: got {tuple(w2.shape)} on {w2.device}, needed {needed} on {x.device} for this w13 and x")
+    if activation not in ("silu", "gelu", "gelu_tanh"):
+        raise ValueError(f"activation: got {activation!r}, needed 'silu', 'gelu' or 'gelu_tanh'")
+    weights, ids = _flat(topk_weights), _flat(topk_ids)
+    if weights.shape != ids.shape or ids.shape[0] != flat.shape[0] or ids.is_floating_point():
+        raise ValueError(
+            f"topk_weights {tuple(topk_weights.shape)} and topk_ids {tuple(topk_ids.shape)} {topk_ids.dtype}: "
+            f"needed the same shape, one row per token ({flat.shape[0]}), and integer ids"
+        )
+    chosen = select("moe", _scheme(activations), w13.shape, x.device, backend)
+    out = chosen.moe(flat, w13, w2, weights, ids, activations, activation, apply_router_weight_on_input)
+    return out.reshape(x.shape)
+
+
+def _scheme(activations: Recipe | None) -> str:
+    return "W4A16" if activations is None else "W4A4"
+
+
+def _flat(x: Tensor) -> Tensor:
+    if x.ndim == 0:
+        raise ValueError("got a 0-d tensor, needed [..., columns]")
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])  # spelled out: -1 is ambiguous when there are no tokens
+
+
+def _check_matrix(where: str, x: Tensor) -> None:
+    if x.ndim != 2:
+        raise ValueError(f"{where}: got shape {tuple(x.shape)}, needed [M, K]")
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"{where}: got {x.dtype}, needed bfloat16, float16 or float32")
+    check_columns(where, x.shape[1])
+
+
+def _check_weight(where: str, q: NVFP4Tensor, x: Tensor, dims: int) -> torch.Size:
+    if len(q.shape) != dims or q.shape[-1] != x.shape[-1] or q.device != x.device:
+        needed = "[N, K]" if dims == 2 else "[E, 2I, K]"
+        raise ValueError(
+            f"{where}: got {tuple(q.shape)} on {q.device}, needed {needed} with K = {x.shape[-1]} on {x.device}"
+        )
+    return q.shape

@@ -1,0 +1,109 @@
+"""Backends: one ordered list, one :func:`select`. The first backend that can do what is asked does it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fouroversix_plugin import reference
+from fouroversix_plugin.kernels import ops
+from fouroversix_plugin.nvfp4 import NVFP4Tensor
+from fouroversix_plugin.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+Op = Literal["quantize", "dequantize", "linear", "moe"]
+
+_PLANNED = ("cuda", "triton", "flashinfer")
+"""Backends of the public API that this release does not have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """The four operations, and which of them it can do.
+
+    ``unsupported(op, scheme, shape, device)`` is None where it can, else the reason why not: ``scheme`` is "W4A4",
+    "W4A16" or "" (quantize and dequantize), ``shape`` that of the weight or of what is quantized.
+    """
+
+    name: str
+    unsupported: Callable[[Op, str, Sequence[int], torch.device], str | None]
+    quantize: Callable[..., NVFP4Tensor]
+    dequantize: Callable[..., Tensor]
+    linear: Callable[..., Tensor]
+    moe: Callable[..., Tensor]
+
+
+def _cpu_unsupported(op: Op, scheme: str, shape: Sequence[int], device: torch.device) -> str | None:
+    return None if device.type == "cpu" else f"tensors are on {device.type}, not on the CPU"
+
+
+def _reference_unsupported(op: Op, scheme: str, shape: Sequence[int], device: torch.device) -> str | None:
+    return None
+
+
+def _cpu_linear(x: Tensor, w: NVFP4Tensor, activations: Recipe | None, bias: Tensor | None) -> Tensor:
+    return ops.linear(x, ops.as_stored(w), activations, bias)
+
+
+def _cpu_moe(x: Tensor, w13: NVFP4Tensor, w2: NVFP4Tensor, *rest: object) -> Tensor:
+    return ops.moe(x, ops.as_stored(w13), ops.as_stored(w2), *rest)  # type: ignore[arg-type]
+
+
+_BACKENDS = (
+    Backend("cpu", _cpu_unsupported, ops.quantize, ops.dequantize, _cpu_linear, _cpu_moe),
+    Backend(
+        "reference",
+        _reference_unsupported,
+        reference.quantize,
+        reference.dequantize,
+        reference.linear,
+        reference.moe,
+    ),
+)
+
+
+def select(op: Op, scheme: str, shape: Sequence[int], device: torch.device, backend: str | None = None) -> Backend:
+    """The backend for one operation: the one named, or the first that can.
+
+    Raises:
+        ValueError: the named backend does not exist or cannot do this; the message has its reason.
+    """
+    if backend is not None:
+        named = {candidate.name: candidate for candidate in _BACKENDS}.get(backend)
+        reason = _not_built(backend) if named is None else named.unsupported(op, scheme, shape, device)
+        if named is None or reason is not None:
+            raise ValueError(f"backend {backend!r} cannot do {op} {scheme} {tuple(shape)} on {device}: {reason}")
+        return named
+    passed_over: list[str] = []
+    for candidate in _BACKENDS:
+        reason = candidate.unsupported(op, scheme, shape, device)
+        if reason is None:
+            if not torch.compiler.is_compiling():  # a log call would break the graph
+                _log_choice(op, scheme, device.type, candidate.name, "; ".join(passed_over))
+            return candidate
+        passed_over.append(f"{candidate.name}: {reason}")
+    raise AssertionError("the reference backend does everything")
+
+
+@functools.cache
+def _log_choice(op: Op, scheme: str, device: str, name: str, passed_over: str) -> None:
+    why = f" (passed over: {passed_over})" if passed_over else ""
+    logger.info("fouroversix: %s %s on %s by the %s backend%s", op, scheme, device, name, why)
+
+
+def _not_built(backend: str) -> str:
+    names = ", ".join(candidate.name for candidate in _BACKENDS)
+    return "planned, not in this release" if backend in _PLANNED else f"no such backend; there are {names}"
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend of the public API with None if it can be used on this machine, else the reason why not."""
+    available: dict[str, str | None] = {backend.name: None for backend in reversed(_BACKENDS)}
+    return available | {name: _not_built(name) for name in _PLANNED}
