@@ -1,0 +1,226 @@
+"""Checkpoints on disk: sharded safetensors read, quantized and written, one tensor at a time.
+
+A finished folder appears under its name at once and complete: everything is written into ``DST.partial`` first,
+``config.json`` last, and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fouroversix_plugin import __version__
+from fouroversix_plugin.nvfp4 import NVFP4Tensor
+from fouroversix_plugin.recipe import BLOCK_SIZE, Scheme
+from fouroversix_plugin.reference import row_amax
+from fouroversix_plugin.weights import quantize_weight
+
+INDEX: Final = "model.safetensors.index.json"
+_SINGLE: Final = "model.safetensors"
+_PICKLES: Final = (".bin", ".pt", ".pth", ".pkl")
+
+_FUSED: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+"""Projections that engines merge into one layer: they share one amax, so that the merged layer has one scale."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or written: what, where, got, needed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A folder of safetensors: its ``config.json`` and which file holds which tensor."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    files: Mapping[str, str]
+
+    @staticmethod
+    def open(folder: Path) -> Checkpoint:
+        """Read the folder's config and headers; tensors are read when asked for.
+
+        Raises:
+            CheckpointError: no config, no safetensors, or an index that does not fit its files.
+        """
+        folder = Path(folder)
+        config = _read_json(folder / "config.json")
+        index = folder / INDEX
+        if index.exists():
+            listed = _read_json(index).get("weight_map")
+            if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+                raise CheckpointError(f"{index}: got no usable `weight_map`, needed tensor names to file names")
+            names = sorted(set(listed.values()))
+        elif (folder / _SINGLE).exists():
+            listed, names = None, [_SINGLE]
+        else:
+            pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in _PICKLES]
+            found = f"only {pickles[0]} (pickle is not read)" if pickles else "none"
+            raise CheckpointError(f"{folder}: needed {_SINGLE} or {INDEX}, found {found}; convert it to safetensors")
+        files = {tensor: name for name in names for tensor in _tensor_names(folder, name)}
+        if listed is not None and listed != files:
+            wrong = sorted(set(listed.items()) ^ set(files.items()))[0]
+            raise CheckpointError(f"{index}: {wrong[0]!r} in {wrong[1]!r}: index and file disagree")
+        return Checkpoint(folder, config, files)
+
+    def tensors(self, file: str) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors of one file, one at a time in the order of their names."""
+        with _open(self.folder, file) as handle:
+            for name in sorted(handle.keys()):
+                yield name, handle.get_tensor(name)
+
+
+def quantize_checkpoint(
+    source: Path, target: Path, scheme: Scheme, progress: Callable[[str], None] = lambda name: None
+) -> Scheme:
+    """Write ``target``, the checkpoint ``source`` with its linear weights quantized, shard by shard.
+
+    Linear weights are the 2-D ``….weight`` tensors whose module the scheme does not ignore and whose K is a multiple of
+    16. Parts that engines merge (q/k/v, gate/up, w1/w3) are scaled for one amax, so the bytes equal those of an engine
+    that quantizes the same checkpoint while loading it.
+
+    Args:
+        source: a folder of full-precision safetensors with its ``config.json``.
+        target: the folder to make; must not exist.
+        scheme: what to compute and what to leave alone.
+        progress: told the name of every tensor when it is done.
+
+    Returns:
+        The scheme as written, with its producer.
+
+    Raises:
+        CheckpointError: unreadable, already quantized or non-finite source, or ``target`` exists; nothing is left.
+    """
+    source, target = Path(source), Path(target)
+    checkpoint = Checkpoint.open(source)
+    if "quantization_config" in checkpoint.config:
+        method = checkpoint.config["quantization_config"].get("quant_method")
+        raise CheckpointError(f"{source}: already quantized ({method}), needed full-precision weights")
+    if target.exists():
+        raise CheckpointError(f"{target}: exists already; name another folder or remove it")
+    producer = {"name": "fouroversix-plugin", "version": __version__}
+    scheme = replace(scheme, producer=producer)
+    partial = target.with_name(target.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    try:
+        _write(checkpoint, partial, scheme, progress)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+    return scheme
+
+
+def _write(checkpoint: Checkpoint, folder: Path, scheme: Scheme, progress: Callable[[str], None]) -> None:
+    amax = _shared_amax(checkpoint, scheme)
+    weight_map: dict[str, str] = {}
+    total = 0
+    for file in sorted(set(checkpoint.files.values())):
+        shard: dict[str, Tensor] = {}
+        for name, tensor in checkpoint.tensors(file):
+            module = name.removesuffix(".weight")
+            if _is_quantized(name, tensor.shape, scheme):
+                shard |= _stored(module, _quantize(module, tensor, scheme, amax[_group(module)]))
+            else:
+                shard[name] = tensor
+            progress(name)
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        _follow_umask(folder / file)
+        weight_map |= dict.fromkeys(shard, file)
+        total += sum(tensor.nbytes for tensor in shard.values())
+    if len(set(weight_map.values())) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        _write_json(folder / INDEX, index)
+    for path in sorted(checkpoint.folder.iterdir()):
+        if (
+            path.is_file()
+            and path.suffix not in (".safetensors", *_PICKLES)
+            and path.name not in (INDEX, "config.json")
+        ):
+            shutil.copyfile(path, folder / path.name)
+    _write_json(folder / "config.json", {**checkpoint.config, "quantization_config": scheme.to_dict()})
+
+
+def _shared_amax(checkpoint: Checkpoint, scheme: Scheme) -> dict[str, Tensor]:
+    """The amax of every group of projections that share one, over all files."""
+    amax: dict[str, Tensor] = {}
+    for file in sorted(set(checkpoint.files.values())):
+        for name, tensor in checkpoint.tensors(file):
+            if _is_quantized(name, tensor.shape, scheme):
+                group = _group(name.removesuffix(".weight"))
+                own = row_amax(tensor.flatten())
+                amax[group] = torch.maximum(amax[group], own) if group in amax else own
+    return amax
+
+
+def _is_quantized(name: str, shape: torch.Size, scheme: Scheme) -> bool:
+    module = name.removesuffix(".weight")
+    return module != name and len(shape) == 2 and shape[1] % BLOCK_SIZE == 0 and not scheme.ignores(module)
+
+
+def _group(module: str) -> str:
+    parent, _, name = module.rpartition(".")
+    siblings = next((group for group in _FUSED if name in group), (name,))
+    return f"{parent}.{'+'.join(siblings)}"
+
+
+def _quantize(module: str, weight: Tensor, scheme: Scheme, amax: Tensor) -> NVFP4Tensor:
+    try:
+        return quantize_weight(module, weight, scheme.weights, lambda own: torch.maximum(own, amax))
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _stored(module: str, q: NVFP4Tensor) -> dict[str, Tensor]:
+    """A weight under ModelOpt's names, which stock NVFP4 loaders read too."""
+    return {
+        f"{module}.weight": q.packed,
+        f"{module}.weight_scale": q.block_scale,
+        f"{module}.weight_scale_2": q.decode_scale,
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: got {type(content).__name__}, needed a JSON object")
+    return content
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _tensor_names(folder: Path, file: str) -> list[str]:
+    with _open(folder, file) as handle:
+        return list(handle.keys())
+
+
+def _open(folder: Path, file: str) -> Any:
+    if Path(file).name != file or not (folder / file).is_file():
+        raise CheckpointError(f"{folder / INDEX}: names {file!r}, needed a file in the same folder")
+    try:
+        return safe_open(folder / file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{folder / file}: not a readable safetensors file: {error}") from error
+
+
+def _follow_umask(path: Path) -> None:
+    """safetensors writes files for their owner only; give them the permissions any new file has."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)

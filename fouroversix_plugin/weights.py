@@ -1,0 +1,117 @@
+"""Weights on their way in: full-precision ones are quantized, stored ones are checked.
+
+Every error names the weight, what was got, what was needed and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from fouroversix_plugin.kernels import select
+from fouroversix_plugin.nvfp4 import NVFP4Tensor
+from fouroversix_plugin.recipe import Recipe
+from fouroversix_plugin.reference import row_amax
+
+UNLOADED_CODES: Final = 0x88
+"""A byte of packed weights that were never loaded: -0.0 twice. A quantizer writes it where two small negatives round to
+zero, but never for a whole row with a block scale other than 0."""
+
+E4M3_NAN: Final = 0x7F
+"""A block scale that was never loaded, too."""
+
+_E4M3_SIGN = 0x80
+
+
+def quantize_weight(
+    name: str, weight: Tensor, recipe: Recipe, reduce_max: Callable[[Tensor], Tensor] | None = None
+) -> NVFP4Tensor:
+    """Quantize a full-precision weight [N, K] or [E, N, K]: one amax for a matrix, merged projections included.
+
+    Args:
+        name: full name of the layer.
+        weight: bf16, fp16 or fp32.
+        recipe: the scheme's weight recipe.
+        reduce_max: largest amax over the ranks that hold parts of this weight, or None. With it the bytes do not
+            depend on the number of ranks.
+
+    Raises:
+        ValueError: NaN or infinity in the weight; the message counts them and names the first.
+    """
+    amax = row_amax(weight.flatten(-2))
+    if not bool(amax.isfinite().all()):
+        bad = (~weight.isfinite()).nonzero()
+        raise ValueError(
+            f"{name}.weight: got {len(bad)} NaN or infinite values, the first at {tuple(bad[0].tolist())}, needed "
+            "finite weights; the checkpoint is damaged, or its values do not fit its dtype"
+        )
+    if reduce_max is not None:
+        amax = reduce_max(amax)
+    matrices = weight.reshape(-1, *weight.shape[-2:])
+    parts = [_quantize_matrix(matrix, recipe, a) for matrix, a in zip(matrices, amax.reshape(-1), strict=True)]
+    if weight.ndim == 2:
+        return parts[0]
+    return NVFP4Tensor(
+        torch.stack([part.packed for part in parts]),
+        torch.stack([part.block_scale.view(torch.uint8) for part in parts]).view(torch.float8_e4m3fn),
+        torch.stack([part.decode_scale for part in parts]),
+    )
+
+
+def _quantize_matrix(matrix: Tensor, recipe: Recipe, amax: Tensor) -> NVFP4Tensor:
+    return select("quantize", "", matrix.shape, matrix.device).quantize(matrix, recipe, "tensor", amax)
+
+
+def stored_weight(
+    name: str, packed: Tensor, block_scale: Tensor, decode_scale: Tensor, widths: Sequence[int], recipe: Recipe
+) -> NVFP4Tensor:
+    """Check a loaded weight and put its parts together.
+
+    Args:
+        name: full name of the layer.
+        packed: uint8 [..., N, K/2].
+        block_scale: float8_e4m3fn [..., N, K/16].
+        decode_scale: float32 [..., shards].
+        widths: rows of each shard; together N.
+        recipe: what the checkpoint says its weights were quantized with.
+
+    Returns:
+        A tensor with one decode scale per matrix where its shards agree, else one per row: never one shard's for all.
+
+    Raises:
+        ValueError: a tensor the checkpoint did not hold, a scale that no quantizer writes, or one out of range.
+    """
+    bytes_ = block_scale.view(torch.uint8)
+    if bool((bytes_ == E4M3_NAN).any() | decode_scale.isnan().any()):
+        part = "weight_scale" if bool((bytes_ == E4M3_NAN).any()) else "weight_scale_2"
+        raise ValueError(missing(name, part))
+    unloaded = (packed == UNLOADED_CODES).all(dim=-1) & (bytes_ != 0).any(dim=-1)
+    if bool(unloaded.any()):
+        raise ValueError(missing(name, "weight"))
+    if bool((bytes_ >= _E4M3_SIGN).any()):
+        raise ValueError(f"{name}.weight_scale: got negative or NaN block scales, needed 0 or more; corrupt checkpoint")
+    if not bool(((decode_scale > 0) & decode_scale.isfinite()).all()):
+        bad = decode_scale[~((decode_scale > 0) & decode_scale.isfinite())][0].item()
+        raise ValueError(f"{name}.weight_scale_2: got {bad}, needed finite and above 0; corrupt checkpoint")
+    largest = bytes_.max().view(torch.float8_e4m3fn).item()  # bytes of positive E4M3 numbers are in their order
+    if largest > recipe.largest_block_scale:
+        raise ValueError(
+            f"{name}.weight_scale: block scale {largest:g} is impossible for scale_max {recipe.scale_max} "
+            f"(largest {recipe.largest_block_scale:g}); the checkpoint's `quantization_config.weights` does not say "
+            "what its weights were quantized with"
+        )
+    if bool((decode_scale == decode_scale[..., :1]).all()):
+        return NVFP4Tensor(packed, block_scale, decode_scale[..., 0])
+    per_row = decode_scale.repeat_interleave(torch.tensor(widths, device=decode_scale.device), dim=-1)
+    return NVFP4Tensor(packed, block_scale, per_row)
+
+
+def missing(name: str, part: str) -> str:
+    """What to say of a weight that the checkpoint does not hold, or not all of."""
+    return (
+        f"{name}.{part}: got nothing (or NaN) for at least a part of it, needed the whole tensor in the checkpoint; "
+        f"either the checkpoint is incomplete or its config.json should list {name!r} in `ignore`"
+    )
