@@ -1,0 +1,170 @@
+"""Linear layers in vLLM: stored weights are loaded as they are, full-precision ones are quantized as they arrive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tp_group
+from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info, initialize_online_processing
+from vllm.model_executor.parameter import ModelWeightParameter, PerTensorScaleParameter
+from vllm.model_executor.utils import replace_parameter
+
+from fouroversix_plugin.kernels import select
+from fouroversix_plugin.kernels.ops import PreparedWeight, prepare_weight
+from fouroversix_plugin.nvfp4 import NVFP4Tensor
+from fouroversix_plugin.recipe import BLOCK_SIZE, Scheme
+from fouroversix_plugin.serving import layer as neutral
+from fouroversix_plugin.weights import missing, quantize_weight, stored_weight
+
+DONE = "_already_called_process_weights_after_loading"
+"""vLLM calls the hook again after layerwise loading, and clears this attribute when it really reloads a layer."""
+
+
+class _LinearMethod(LinearMethodBase):
+    def __init__(self, scheme: Scheme, report: neutral.LoadReport, prefix: str) -> None:
+        self.scheme, self.report, self.prefix = scheme, report, prefix
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        neutral.check_input_size(self.prefix, input_size_per_partition, input_size)
+        self.report.expect(self.prefix)
+        layer.logical_widths = output_partition_sizes
+        layer.input_size_per_partition = input_size_per_partition
+        layer.output_size_per_partition = sum(output_partition_sizes)
+        self._create(layer, input_size, params_dtype, extra_weight_attrs["weight_loader"])
+
+    def _create(self, layer: Any, input_size: int, dtype: torch.dtype, loader: Callable[..., Any]) -> None:
+        raise NotImplementedError
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if getattr(layer, DONE, False):
+            return
+        q = self._quantized(layer)
+        select("linear", self.scheme.name, q.shape, q.device)
+        prepared = prepare_weight(q, layer.params_dtype)
+        self.report.loaded(self.prefix, [q], prepared)
+        install(layer, "", prepared)
+        setattr(layer, DONE, True)
+
+    def _quantized(self, layer: Any) -> NVFP4Tensor:
+        raise NotImplementedError
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return neutral.apply_linear(x, installed(layer, ""), self.scheme.activations, bias)
+
+
+@register_weight_loader_v2_supported_method
+class StoredLinearMethod(_LinearMethod):
+    """Weights of a quantized checkpoint, under ModelOpt's names."""
+
+    def _create(self, layer: Any, input_size: int, dtype: torch.dtype, loader: Callable[..., Any]) -> None:
+        stored = neutral.StoredShape(
+            rows=layer.output_size_per_partition,
+            columns=layer.input_size_per_partition,
+            shards=len(layer.logical_widths),
+        )
+        for name, empty, columns in (
+            ("weight", stored.empty_packed(), input_size // 2),
+            ("weight_scale", stored.empty_block_scale(), input_size // BLOCK_SIZE),
+        ):
+            checked = neutral.checked_loader(loader, self.prefix, name, columns)
+            layer.register_parameter(
+                name, ModelWeightParameter(data=empty, input_dim=1, output_dim=0, weight_loader=checked)
+            )
+        checked = neutral.checked_loader(_fill_all_shards(loader), self.prefix, "weight_scale_2", None)
+        decode_scale = PerTensorScaleParameter(data=stored.empty_decode_scale(), weight_loader=checked)
+        layer.register_parameter("weight_scale_2", decode_scale)
+
+    def _quantized(self, layer: Any) -> NVFP4Tensor:
+        return stored_weight(
+            self.prefix,
+            layer.weight.data,
+            layer.weight_scale.data,
+            layer.weight_scale_2.data,
+            layer.logical_widths,
+            self.scheme.weights,
+        )
+
+
+def _fill_all_shards(loader: Callable[..., Any]) -> Callable[..., Any]:
+    """One decode scale without a shard is that of a projection stored fused: vLLM would set only the first shard's."""
+
+    def load(param: Tensor, loaded_weight: Tensor, *shard: Any) -> None:
+        if shard and shard[0] is not None:
+            loader(param, loaded_weight, *shard)
+        else:
+            param.data.fill_(loaded_weight.reshape(()))
+
+    return load
+
+
+@register_weight_loader_v2_supported_method
+class OnlineLinearMethod(_LinearMethod):
+    """Weights of a full-precision checkpoint, one layer's at a time: they live from arriving to being quantized."""
+
+    uses_meta_device = True
+
+    def _create(self, layer: Any, input_size: int, dtype: torch.dtype, loader: Callable[..., Any]) -> None:
+        weight = torch.empty(
+            layer.output_size_per_partition, layer.input_size_per_partition, dtype=dtype, device="meta"
+        )
+        layer.register_parameter(
+            "weight", ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=loader)
+        )
+        initialize_online_processing(layer)
+        self.loads_weights = loads_weights()
+
+    def _quantized(self, layer: Any) -> NVFP4Tensor:
+        if self.loads_weights:
+            check_all_loaded(layer, self.prefix, layer.weight.numel())
+        reduce = reduce_max_over(get_tp_group()) if layer.tp_size > 1 else None
+        return quantize_weight(self.prefix, layer.weight.data, self.scheme.weights, reduce)
+
+
+def loads_weights() -> bool:
+    """Whether weights come from a checkpoint; ``--load-format dummy`` fills the memory itself. Known while building."""
+    load_format: object = get_current_vllm_config().load_config.load_format
+    return load_format != "dummy"
+
+
+def check_all_loaded(layer: Any, name: str, values: int) -> None:
+    """Refuse a layer whose weights came only in part, or not at all: vLLM would hand over uninitialized memory."""
+    if get_layerwise_info(layer).load_numel < values:
+        raise ValueError(missing(name, "weight"))
+
+
+def reduce_max_over(group: Any) -> Callable[[Tensor], Tensor]:
+    """The largest of a tensor over the ranks of a vLLM group, so that all of them scale for the same amax."""
+
+    def reduce(amax: Tensor) -> Tensor:
+        torch.distributed.all_reduce(amax, op=torch.distributed.ReduceOp.MAX, group=group.device_group)
+        return amax
+
+    return reduce
+
+
+_NAMES = ("weight", "weight_scale", "weight_scale_2")
+
+
+def install(layer: Any, stem: str, prepared: PreparedWeight) -> None:
+    """Replace what was loaded under ``stem`` by the prepared weight, as parameters that vLLM can reload in place."""
+    for name, tensor in zip(_NAMES, (prepared.weight, prepared.block_scale, prepared.decode_scale), strict=True):
+        replace_parameter(layer, stem + name, tensor)
+
+
+def installed(layer: Any, stem: str) -> PreparedWeight:
+    """The prepared weight that :func:`install` put there."""
+    return PreparedWeight(*(getattr(layer, stem + name) for name in _NAMES))

@@ -1,0 +1,207 @@
+"""Fused mixture-of-experts layers in vLLM; see ``linear`` for stored and online weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.distributed import get_ep_group
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
+from vllm.model_executor.utils import set_weight_attrs
+
+from fouroversix_plugin.kernels import ops, select
+from fouroversix_plugin.kernels.ops import prepare_weight
+from fouroversix_plugin.nvfp4 import NVFP4Tensor
+from fouroversix_plugin.recipe import BLOCK_SIZE, Scheme
+from fouroversix_plugin.serving import layer as neutral
+from fouroversix_plugin.serving.vllm.linear import (
+    DONE,
+    check_all_loaded,
+    install,
+    installed,
+    loads_weights,
+    reduce_max_over,
+)
+from fouroversix_plugin.weights import quantize_weight, stored_weight
+
+_ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+
+
+def method_for(layer: Any, prefix: str, scheme: Scheme, report: neutral.LoadReport, stored: bool) -> FusedMoEMethodBase:
+    """The method of a RoutedExperts layer: ours, or the unquantized one where all its experts are ignored."""
+    base = prefix.removesuffix(".routed_experts")
+    projections = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
+    experts = [f"{base}.{e}.{name}" for e in range(layer.global_num_experts) for name in projections if name]
+    if scheme.ignores(base, experts) or scheme.ignores(prefix):
+        return UnquantizedFusedMoEMethod(layer.moe_config)
+    return (StoredMoEMethod if stored else OnlineMoEMethod)(layer, scheme, report, base)
+
+
+class _MoEMethod(FusedMoEMethodBase):
+    def __init__(self, layer: Any, scheme: Scheme, report: neutral.LoadReport, prefix: str) -> None:
+        super().__init__(layer.moe_config)
+        self.scheme, self.report, self.prefix = scheme, report, prefix
+        self._refuse_unsupported(layer)
+
+    def _refuse_unsupported(self, layer: Any) -> None:
+        activation = layer.activation.value
+        reasons = []
+        if activation not in _ACTIVATIONS:
+            reasons.append(f"activation {activation!r} (needed one of {', '.join(_ACTIVATIONS)})")
+        if self.moe.has_bias:
+            reasons.append("expert biases")
+        reasons += [
+            f"{name} = {getattr(layer, name)}"
+            for name in ("swiglu_limit", "swiglu_alpha", "swiglu_beta")
+            if getattr(layer, name, None) is not None
+        ]
+        if reasons:
+            raise ValueError(
+                f"{self.prefix}: nvfp4_4over6 does not do {'; '.join(reasons)} in fused experts; add "
+                f"'{self.prefix}*' to `ignore` to serve them unquantized"
+            )
+
+    def create_weights(
+        self,
+        layer: Any,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        inner = intermediate_size_per_partition
+        full_inner = inner * self.moe.moe_parallel_config.tp_size
+        neutral.check_input_size(f"{self.prefix} (w13)", hidden_size, hidden_size)
+        neutral.check_input_size(f"{self.prefix} (w2)", inner, full_inner)
+        self.report.expect(self.prefix)
+        # (rows on this rank, columns on this rank, columns in the checkpoint, decode scales an expert)
+        shapes = {"w13_": (2 * inner, hidden_size, hidden_size, 2), "w2_": (hidden_size, inner, full_inner, 1)}
+        for stem, shape in shapes.items():
+            self._create(layer, stem, num_experts, shape, params_dtype, extra_weight_attrs)
+
+    def _create(
+        self,
+        layer: Any,
+        stem: str,
+        experts: int,
+        shape: tuple[int, int, int, int],
+        dtype: torch.dtype,
+        attributes: dict[str, Any],
+    ) -> None:
+        raise NotImplementedError
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if getattr(layer, DONE, False):
+            return
+        w13, w2 = self._quantized(layer, "w13_"), self._quantized(layer, "w2_")
+        select("moe", self.scheme.name, w13.shape, w13.device)
+        prepared = [prepare_weight(q, layer.params_dtype) for q in (w13, w2)]
+        self.report.loaded(self.prefix, [w13, w2], prepared[0])
+        install(layer, "w13_", prepared[0])
+        install(layer, "w2_", prepared[1])
+        setattr(layer, DONE, True)
+
+    def _quantized(self, layer: Any, stem: str) -> NVFP4Tensor:
+        raise NotImplementedError
+
+    def get_fused_moe_quant_config(self, layer: Any) -> None:
+        """No modular kernel of vLLM's runs here, so there is nothing to configure."""
+
+    def apply(
+        self,
+        layer: Any,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: Tensor | None = None,
+    ) -> Tensor:
+        # Shared experts are run by vLLM's MoE runner: only its own modular kernels overlap them.
+        return ops.moe(
+            x,
+            installed(layer, "w13_"),
+            installed(layer, "w2_"),
+            topk_weights,
+            neutral.local_expert_ids(topk_ids, layer.expert_map),
+            self.scheme.activations,
+            layer.activation.value,
+            layer.apply_router_weight_on_input,
+        )
+
+
+class StoredMoEMethod(_MoEMethod):
+    """Experts of a quantized checkpoint, under ModelOpt's names."""
+
+    def _create(
+        self,
+        layer: Any,
+        stem: str,
+        experts: int,
+        shape: tuple[int, int, int, int],
+        dtype: torch.dtype,
+        attributes: dict[str, Any],
+    ) -> None:
+        rows, columns, full_columns, shards = shape
+        stored = neutral.StoredShape(rows, columns, shards, lead=(experts,))
+        for name, empty, stored_columns, kind in (
+            ("weight", stored.empty_packed(), full_columns // 2, None),
+            ("weight_scale", stored.empty_block_scale(), full_columns // BLOCK_SIZE, "block"),
+            ("weight_scale_2", stored.empty_decode_scale(), None, "tensor"),
+        ):
+            parameter = torch.nn.Parameter(empty, requires_grad=False)
+            layer.register_parameter(stem + name, parameter)
+            loader = neutral.checked_loader(attributes["weight_loader"], self.prefix, stem + name, stored_columns)
+            set_weight_attrs(parameter, {**attributes, "weight_loader": loader})
+            if kind is not None:
+                # vLLM's expert loader decides by this attribute how a scale is cut and where it goes.
+                set_weight_attrs(parameter, {"quant_method": kind})
+
+    def _quantized(self, layer: Any, stem: str) -> NVFP4Tensor:
+        packed, block_scale, decode_scale = (
+            getattr(layer, stem + name).data for name in ("weight", "weight_scale", "weight_scale_2")
+        )
+        shards = decode_scale.shape[-1]
+        widths = [packed.shape[1] // shards] * shards
+        return stored_weight(f"{self.prefix} ({stem}*)", packed, block_scale, decode_scale, widths, self.scheme.weights)
+
+
+class OnlineMoEMethod(_MoEMethod):
+    """Experts of a full-precision checkpoint, one layer's at a time."""
+
+    uses_meta_device = True
+
+    def create_weights(self, layer: Any, *sizes: Any, **named: Any) -> None:
+        super().create_weights(layer, *sizes, **named)
+        initialize_online_processing(layer)
+        self.loads_weights = loads_weights()
+
+    def _create(
+        self,
+        layer: Any,
+        stem: str,
+        experts: int,
+        shape: tuple[int, int, int, int],
+        dtype: torch.dtype,
+        attributes: dict[str, Any],
+    ) -> None:
+        rows, columns = shape[:2]
+        weight = torch.nn.Parameter(
+            torch.empty(experts, rows, columns, dtype=dtype, device="meta"), requires_grad=False
+        )
+        layer.register_parameter(f"{stem}weight", weight)
+        set_weight_attrs(weight, attributes)
+
+    def _quantized(self, layer: Any, stem: str) -> NVFP4Tensor:
+        if self.loads_weights:
+            check_all_loaded(layer, self.prefix, layer.w13_weight.numel() + layer.w2_weight.numel())
+        reduce: Callable[[Tensor], Tensor] | None = None
+        if self.moe.moe_parallel_config.tp_size > 1:
+            # The ranks that hold parts of the same expert are those of vLLM's expert-parallel group.
+            reduce = reduce_max_over(get_ep_group())
+        weight = getattr(layer, f"{stem}weight").data
+        return quantize_weight(f"{self.prefix} ({stem}weight)", weight, self.scheme.weights, reduce)
