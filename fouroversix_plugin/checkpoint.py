@@ -6,10 +6,12 @@ A finished folder appears under its name at once and complete: everything is wri
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -23,7 +25,7 @@ from fouroversix_plugin import __version__
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
 from fouroversix_plugin.recipe import BLOCK_SIZE, Scheme
 from fouroversix_plugin.reference import row_amax
-from fouroversix_plugin.weights import quantize_weight
+from fouroversix_plugin.weights import FULL_PRECISION, quantize_weight
 
 INDEX: Final = "model.safetensors.index.json"
 _SINGLE: Final = "model.safetensors"
@@ -66,7 +68,12 @@ class Checkpoint:
             pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in _PICKLES]
             found = f"only {pickles[0]} (pickle is not read)" if pickles else "none"
             raise CheckpointError(f"{folder}: needed {_SINGLE} or {INDEX}, found {found}; convert it to safetensors")
-        files = {tensor: name for name in names for tensor in _tensor_names(folder, name)}
+        files: dict[str, str] = {}
+        for name in names:
+            for tensor in _tensor_names(folder, name):
+                if tensor in files:
+                    raise CheckpointError(f"{folder}: {tensor!r} is in {files[tensor]!r} and in {name!r}")
+                files[tensor] = name
         if listed is not None and listed != files:
             wrong = sorted(set(listed.items()) ^ set(files.items()))[0]
             raise CheckpointError(f"{index}: {wrong[0]!r} in {wrong[1]!r}: index and file disagree")
@@ -84,9 +91,9 @@ def quantize_checkpoint(
 ) -> Scheme:
     """Write ``target``, the checkpoint ``source`` with its linear weights quantized, shard by shard.
 
-    Linear weights are the 2-D ``….weight`` tensors whose module the scheme does not ignore and whose K is a multiple of
-    16. Parts that engines merge (q/k/v, gate/up, w1/w3) are scaled for one amax, so the bytes equal those of an engine
-    that quantizes the same checkpoint while loading it.
+    Linear weights are the 2-D ``….weight`` tensors whose module the scheme does not ignore; those whose K is not a
+    multiple of 16 are left alone and added to ``ignore``. Parts that engines merge (q/k/v, gate/up, w1/w3) are scaled
+    for one amax, so the bytes equal those of an engine that quantizes the same checkpoint while loading it.
 
     Args:
         source: a folder of full-precision safetensors with its ``config.json``.
@@ -95,35 +102,53 @@ def quantize_checkpoint(
         progress: told the name of every tensor when it is done.
 
     Returns:
-        The scheme as written, with its producer.
+        The scheme as written: with its producer, and all that was left alone in ``ignore``.
 
     Raises:
         CheckpointError: unreadable, already quantized or non-finite source, or ``target`` exists; nothing is left.
     """
     source, target = Path(source), Path(target)
     checkpoint = Checkpoint.open(source)
-    if "quantization_config" in checkpoint.config:
-        method = checkpoint.config["quantization_config"].get("quant_method")
-        raise CheckpointError(f"{source}: already quantized ({method}), needed full-precision weights")
+    for config in (checkpoint.config, checkpoint.config.get("text_config")):
+        if isinstance(config, dict) and config.get("quantization_config") is not None:
+            raise CheckpointError(
+                f"{source}: already quantized ({config['quantization_config']}), needed full-precision weights"
+            )
     if target.exists():
         raise CheckpointError(f"{target}: exists already; name another folder or remove it")
-    producer = {"name": "fouroversix-plugin", "version": __version__}
-    scheme = replace(scheme, producer=producer)
-    partial = target.with_name(target.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    try:
-        _write(checkpoint, partial, scheme, progress)
+    if source.resolve() in target.resolve().parents:
+        raise CheckpointError(f"{target}: lies inside the source; name a folder outside of {source}")
+    with _partial_folder(target) as partial:
+        scheme = _write(checkpoint, partial, scheme, progress)
         partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
     return scheme
 
 
-def _write(checkpoint: Checkpoint, folder: Path, scheme: Scheme, progress: Callable[[str], None]) -> None:
-    amax = _shared_amax(checkpoint, scheme)
+@contextmanager
+def _partial_folder(target: Path) -> Iterator[Path]:
+    """An empty ``target.partial`` for one process alone; removed, unless renamed by then, however the block ends."""
+    partial = target.with_name(target.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"{partial}: another process is writing {target}; wait for it to finish") from None
+        for leftover in partial.iterdir():
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        try:
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+
+
+def _write(checkpoint: Checkpoint, folder: Path, scheme: Scheme, progress: Callable[[str], None]) -> Scheme:
+    amax, left_alone = _shared_amax(checkpoint, scheme)
+    producer = {"name": "fouroversix-plugin", "version": __version__}
+    scheme = replace(scheme, ignore=scheme.ignore + left_alone, producer=producer)
     weight_map: dict[str, str] = {}
     total = 0
     for file in sorted(set(checkpoint.files.values())):
@@ -139,7 +164,7 @@ def _write(checkpoint: Checkpoint, folder: Path, scheme: Scheme, progress: Calla
         _follow_umask(folder / file)
         weight_map |= dict.fromkeys(shard, file)
         total += sum(tensor.nbytes for tensor in shard.values())
-    if len(set(weight_map.values())) > 1:
+    if set(weight_map.values()) != {_SINGLE}:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(folder / INDEX, index)
     for path in sorted(checkpoint.folder.iterdir()):
@@ -150,18 +175,25 @@ def _write(checkpoint: Checkpoint, folder: Path, scheme: Scheme, progress: Calla
         ):
             shutil.copyfile(path, folder / path.name)
     _write_json(folder / "config.json", {**checkpoint.config, "quantization_config": scheme.to_dict()})
+    return scheme
 
 
-def _shared_amax(checkpoint: Checkpoint, scheme: Scheme) -> dict[str, Tensor]:
-    """The amax of every group of projections that share one, over all files."""
+def _shared_amax(checkpoint: Checkpoint, scheme: Scheme) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The amax of every group of projections that share one, and the linear modules whose K rules them out."""
     amax: dict[str, Tensor] = {}
+    left_alone = []
     for file in sorted(set(checkpoint.files.values())):
         for name, tensor in checkpoint.tensors(file):
+            module = name.removesuffix(".weight")
             if _is_quantized(name, tensor.shape, scheme):
-                group = _group(name.removesuffix(".weight"))
+                if tensor.dtype not in FULL_PRECISION:
+                    raise CheckpointError(f"{name}: got {tensor.dtype}, needed full-precision weights")
+                group = _group(module)
                 own = row_amax(tensor.flatten())
                 amax[group] = torch.maximum(amax[group], own) if group in amax else own
-    return amax
+            elif module != name and tensor.ndim == 2 and not scheme.ignores(module):
+                left_alone.append(module)
+    return amax, tuple(left_alone)
 
 
 def _is_quantized(name: str, shape: torch.Size, scheme: Scheme) -> bool:
@@ -194,7 +226,7 @@ def _stored(module: str, q: NVFP4Tensor) -> dict[str, Tensor]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: got {type(content).__name__}, needed a JSON object")

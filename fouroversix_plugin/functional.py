@@ -28,6 +28,7 @@ def quantize(
         recipe: default ``Recipe()``.
         granularity: "tensor" for one decode scale, "token" for one per row.
         amax: largest magnitude to scale for instead of that of ``x``: a number for "tensor", float32 [M] for "token".
+            A negative one is refused, except where looking would wait for a GPU or break a compiled graph.
         backend: a name of :func:`backends`; default the first that can.
 
     Returns:
@@ -46,7 +47,7 @@ def quantize(
         needed = () if granularity == "tensor" else (x.shape[0],)
         if tuple(amax.shape) != needed:
             raise ValueError(f"amax: got shape {tuple(amax.shape)}, needed {needed} for granularity {granularity!r}")
-        if bool((amax < 0).any()):
+        if amax.device.type == "cpu" and not torch.compiler.is_compiling() and bool((amax < 0).any()):
             raise ValueError(f"amax: got {amax.min().item()}, needed magnitudes of 0 or more")
     return select("quantize", "", x.shape, x.device, backend).quantize(x, recipe, granularity, amax)
 

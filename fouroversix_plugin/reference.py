@@ -99,9 +99,10 @@ def e2m1_codes(scaled: Tensor) -> Tensor:
 
 
 def e2m1_values(codes: Tensor) -> Tensor:
-    """fp32 values of codes 0..15."""
-    table = torch.tensor(E2M1_VALUES + tuple(-value for value in E2M1_VALUES), device=codes.device)
-    return table[codes.long()]
+    """fp32 values of codes 0..15. Computed: a table would be copied to the device, which no CUDA graph captures."""
+    n = (codes & 7).float()
+    magnitude = torch.where(n < 4, n * 0.5, torch.where(n < 6, n - 2, n * 2 - 8))
+    return torch.where(codes > 7, -magnitude, magnitude)
 
 
 def _block_scale(b: Tensor, dec: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,19 +200,18 @@ def moe(
 
     Every expert sees every token, so that no shape or branch depends on the routing (CUDA graphs).
     """
-    out_dtype, half = x.dtype, w13.shape[-2] // 2
-    slots = torch.zeros(*topk_ids.shape, w2.shape[-2], dtype=torch.float32, device=x.device)
+    M, top_k = topk_ids.shape
+    half, H = w13.shape[-2] // 2, w2.shape[-2]
+    rows = x.unsqueeze(1)  # [M, 1, H]: what an expert sees of a token ...
+    if apply_router_weight_on_input:
+        rows = (rows.float() * topk_weights.float().unsqueeze(-1)).to(x.dtype)  # ... [M, top_k, H]: or of a slot
+    slots = torch.zeros(M, top_k, H, dtype=torch.float32, device=x.device)
     for e in range(w13.shape[0]):
-        hit = topk_ids == e
-        expert_in = x
-        if apply_router_weight_on_input:
-            weight = (topk_weights.float() * hit).sum(dim=-1, keepdim=True)
-            expert_in = (x.float() * weight).to(out_dtype)
-        gate_up = linear(expert_in, w13[e], activations).float()
-        hidden = gated_activation(gate_up[:, :half], gate_up[:, half:], activation).to(out_dtype)
-        y = _matmul(hidden, w2[e], activations)
-        slots = torch.where(hit.unsqueeze(-1), y.unsqueeze(1), slots)
-    return combine(slots, topk_weights, apply_router_weight_on_input).to(out_dtype)
+        gate_up = linear(rows.flatten(0, 1), w13[e], activations).float()
+        hidden = gated_activation(gate_up[:, :half], gate_up[:, half:], activation).to(x.dtype)
+        y = _matmul(hidden, w2[e], activations).unflatten(0, rows.shape[:2])
+        slots = torch.where((topk_ids == e).unsqueeze(-1), y, slots)
+    return combine(slots, topk_weights, apply_router_weight_on_input).to(x.dtype)
 
 
 def combine(slots: Tensor, topk_weights: Tensor, apply_router_weight_on_input: bool) -> Tensor:
@@ -224,4 +224,4 @@ def combine(slots: Tensor, topk_weights: Tensor, apply_router_weight_on_input: b
 
 
 def _constant(value: float, like: Tensor) -> Tensor:
-    return torch.tensor(value, dtype=torch.float32, device=like.device)
+    return torch.full((), value, dtype=torch.float32, device=like.device)

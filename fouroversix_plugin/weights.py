@@ -16,6 +16,8 @@ from fouroversix_plugin.nvfp4 import NVFP4Tensor
 from fouroversix_plugin.recipe import Recipe
 from fouroversix_plugin.reference import row_amax
 
+FULL_PRECISION: Final = (torch.bfloat16, torch.float16, torch.float32)
+
 UNLOADED_CODES: Final = 0x88
 """A byte of packed weights that were never loaded: -0.0 twice. A quantizer writes it where two small negatives round to
 zero, but never for a whole row with a block scale other than 0."""
@@ -39,8 +41,11 @@ def quantize_weight(
             depend on the number of ranks.
 
     Raises:
-        ValueError: NaN or infinity in the weight; the message counts them and names the first.
+        ValueError: another dtype, or NaN or infinity in the weight; the message counts them and names the first.
     """
+    if weight.dtype not in FULL_PRECISION:
+        needed = ", ".join(str(dtype) for dtype in FULL_PRECISION)
+        raise ValueError(f"{name}.weight: got {weight.dtype}, needed one of {needed}; it is quantized already")
     amax = row_amax(weight.flatten(-2))
     if not bool(amax.isfinite().all()):
         bad = (~weight.isfinite()).nonzero()
@@ -93,9 +98,10 @@ def stored_weight(
         raise ValueError(missing(name, "weight"))
     if bool((bytes_ >= _E4M3_SIGN).any()):
         raise ValueError(f"{name}.weight_scale: got negative or NaN block scales, needed 0 or more; corrupt checkpoint")
-    if not bool(((decode_scale > 0) & decode_scale.isfinite()).all()):
-        bad = decode_scale[~((decode_scale > 0) & decode_scale.isfinite())][0].item()
-        raise ValueError(f"{name}.weight_scale_2: got {bad}, needed finite and above 0; corrupt checkpoint")
+    sound = (decode_scale >= torch.finfo(torch.float32).tiny) & decode_scale.isfinite()
+    if not bool(sound.all()):
+        bad = decode_scale[~sound][0].item()
+        raise ValueError(f"{name}.weight_scale_2: got {bad}, needed finite, normal and above 0; corrupt checkpoint")
     largest = bytes_.max().view(torch.float8_e4m3fn).item()  # bytes of positive E4M3 numbers are in their order
     if largest > recipe.largest_block_scale:
         raise ValueError(

@@ -79,7 +79,8 @@ def select(op: Op, scheme: str, shape: Sequence[int], device: torch.device, back
         named = {candidate.name: candidate for candidate in _BACKENDS}.get(backend)
         reason = _not_built(backend) if named is None else named.unsupported(op, scheme, shape, device)
         if named is None or reason is not None:
-            raise ValueError(f"backend {backend!r} cannot do {op} {scheme} {tuple(shape)} on {device}: {reason}")
+            what = f"{op} {scheme}".rstrip()
+            raise ValueError(f"backend {backend!r} cannot do {what} {tuple(shape)} on {device}: {reason}")
         return named
     passed_over: list[str] = []
     for candidate in _BACKENDS:
@@ -95,7 +96,7 @@ def select(op: Op, scheme: str, shape: Sequence[int], device: torch.device, back
 @functools.cache
 def _log_choice(op: Op, scheme: str, device: str, name: str, passed_over: str) -> None:
     why = f" (passed over: {passed_over})" if passed_over else ""
-    logger.info("fouroversix: %s %s on %s by the %s backend%s", op, scheme, device, name, why)
+    logger.info("fouroversix: %s on %s by the %s backend%s", f"{op} {scheme}".rstrip(), device, name, why)
 
 
 def _not_built(backend: str) -> str:

@@ -23,8 +23,9 @@ _CHUNK_BLOCKS = 8192
 """Blocks at a time: the [16, 2, B] fp32 temporaries of a chunk (1 MiB each, shared by the cores) stay near L2."""
 
 _FLT_MAX = torch.finfo(torch.float32).max
-_SIX = torch.tensor(E2M1_MAX)
-_ONE = torch.tensor(1.0)
+# With their dtype: this may be imported while an engine builds a model under a bf16 default.
+_SIX = torch.tensor(E2M1_MAX, dtype=torch.float32)
+_ONE = torch.tensor(1.0, dtype=torch.float32)
 
 
 def quantize(x: Tensor, recipe: Recipe, granularity: Granularity = "tensor", amax: Tensor | None = None) -> NVFP4Tensor:
@@ -131,7 +132,7 @@ def _errors(
     """Errors [2, B] of both candidates [16, 2, B], summed from column 0 to 15 in this order."""
     d = q * sf
     if recipe.error == "amax":
-        d.mul_(amax).div_(torch.tensor(recipe.amax_code)).sub_(magnitude.unsqueeze(1))
+        d.mul_(amax).div_(torch.tensor(recipe.amax_code, dtype=torch.float32)).sub_(magnitude.unsqueeze(1))
     elif recipe.error == "decode_scale":
         d.mul_(decode).sub_(magnitude.unsqueeze(1))
     else:
@@ -158,7 +159,7 @@ def unscaled(packed: Tensor, block_scale: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty(*packed.shape[:-1], packed.shape[-1] * 2, dtype=dtype)
     pairs = reference.e2m1_values(torch.arange(256).unsqueeze(1) >> torch.tensor([0, 4]) & 15)  # [256, 2]
     for target, codes, scale in zip(_rows(out), _rows(packed), _rows(block_scale), strict=True):
-        values = F.embedding(codes.int(), pairs).view(len(codes), -1, BLOCK_SIZE)
+        values = F.embedding(codes.int(), pairs).view(*scale.shape, BLOCK_SIZE)
         target.view_as(values).copy_(values.mul_(scale.float().unsqueeze(-1)))
     return out
 

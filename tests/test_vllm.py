@@ -1,0 +1,456 @@
+"""Real vLLM on the CPU: what is served is what the reference says, and what cannot be served fails before serving."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import assert_close
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import fouroversix_plugin as fos
+from fouroversix_plugin import reference
+from fouroversix_plugin.checkpoint import quantize_checkpoint
+
+pytest.importorskip("vllm", reason="vLLM is not installed (scripts/setup.sh installs its CPU build)")
+pytestmark = pytest.mark.engine
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXTS = [
+    "The capital of France is Paris, and the capital of Italy is Rome. Both cities are older than the countries they "
+    "govern, and each of them lies on a river: Paris on the Seine, Rome on the Tiber. Millions of people visit them "
+    "every year to see their churches, museums and squares.",
+    "Once upon a time a farmer had twelve apples. He gave three of them to his daughter and sold four at the market, "
+    "so five were left in the basket. In the evening he baked a pie, for which he needed all of them but one.",
+    "Water boils at 100 degrees Celsius at sea level. On a high mountain the air pressure is lower, so the water boils "
+    "at a lower temperature and an egg takes longer to cook there than on the coast.",
+]
+LAYER = "model.layers.3"
+
+
+def options(recipe: str, **more: Any) -> dict[str, Any]:
+    """LLM arguments that ask for a preset the way --hf-overrides does."""
+    return {"hf_overrides": {"quantization_config": {"quant_method": "nvfp4_4over6", "recipe": recipe, **more}}}
+
+
+def run_engine(
+    folder: Path, jobs: dict[str, dict[str, Any]], prompts: list[list[int]], **environment: str
+) -> dict[str, Any]:
+    request, out = folder / "request.json", folder / "results.json"
+    request.write_text(json.dumps({"prompts": prompts, "jobs": jobs}))
+    command = [sys.executable, str(ROOT / "tests" / "vllm_worker.py"), str(request), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results: dict[str, Any] = json.loads(out.read_text())
+    return results
+
+
+def dequantized(stored: Path, target: Path) -> Path:
+    """The checkpoint ``stored`` with its weights dequantized to BF16: what any engine serves without this plugin."""
+    shutil.copytree(stored, target)
+    tensors = load_file(stored / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(".weight_scale_2")]:
+        module = name.removesuffix(".weight_scale_2")
+        q = fos.NVFP4Tensor(
+            tensors[f"{module}.weight"], tensors.pop(f"{module}.weight_scale"), tensors.pop(f"{module}.weight_scale_2")
+        )
+        tensors[f"{module}.weight"] = fos.dequantize(q, torch.bfloat16)
+    save_file(tensors, target / "model.safetensors")
+    config = json.loads((target / "config.json").read_text())
+    del config["quantization_config"]
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+# --- SmolLM2, dense and as a mixture of experts ---
+
+
+@pytest.fixture(scope="module")
+def smollm2(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Results of every engine run on SmolLM2, and where the stored checkpoints lie."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    jobs: dict[str, dict[str, Any]] = {}
+    for kind, model in zip(("dense", "moe"), models, strict=True):
+        w4a16, w4a4 = folder / f"{kind}-w4a16", folder / f"{kind}-w4a4"
+        quantize_checkpoint(model, w4a16, fos.preset("w4a16"))
+        quantize_checkpoint(model, w4a4, fos.preset("nvfp4_4over6"))
+        names = ["self_attn.qkv_proj", "self_attn.o_proj"]
+        names += ["mlp.gate_up_proj", "mlp.down_proj"] if kind == "dense" else ["block_sparse_moe.experts"]
+        jobs |= {
+            f"{kind} online": {"model": str(model), "options": options("w4a16")},
+            f"{kind} stored": {"model": str(w4a16)},
+            f"{kind} dequantized": {"model": str(dequantized(w4a16, folder / f"{kind}-bf16"))},
+            f"{kind} stored W4A4": {"model": str(w4a4), "capture": [f"{LAYER}.{name}" for name in names]},
+        }
+    jobs["dense online W4A4"] = {"model": str(models[0]), "options": {"quantization": "nvfp4_4over6"}}
+    jobs["dense ignoring"] = {
+        "model": str(models[0]),
+        "options": options("w4a16", ignore=["lm_head", "model.layers.[0-4].self_attn.[qkv]_proj", "*.gate_up_proj"]),
+    }
+    tokenizer = AutoTokenizer.from_pretrained(models[0])
+    prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
+    return {"folder": folder, "prompts": prompts, **run_engine(folder, jobs, prompts)}
+
+
+def flat(result: dict[str, Any]) -> torch.Tensor:
+    assert "error" not in result, result["error"]
+    return torch.tensor([logprob for prompt in result["logprobs"] for logprob in prompt])
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_online_and_stored_weights_give_other_logprobs(smollm2: dict[str, Any], kind: str) -> None:
+    assert torch.equal(flat(smollm2[f"{kind} online"]), flat(smollm2[f"{kind} stored"]))
+    if kind == "dense":
+        assert torch.equal(flat(smollm2["dense online W4A4"]), flat(smollm2["dense stored W4A4"]))
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_w4a16_is_further_from_exact_than_bf16_rounding(smollm2: dict[str, Any], kind: str) -> None:
+    """The yardstick is the dequantized model in fp32; vLLM serving its BF16 checkpoint shows what BF16 costs."""
+    exact = fp32_logprobs(smollm2["folder"] / f"{kind}-bf16", smollm2["folder"] / f"{kind}-w4a16", smollm2["prompts"])
+    ours, bf16, w4a4 = (
+        (flat(smollm2[f"{kind} {way}"]) - exact).abs().mean() for way in ("stored", "dequantized", "stored W4A4")
+    )
+    assert ours < 1.6 * bf16
+    assert w4a4 > 3 * bf16, "the bound above means nothing if quantized activations would pass it"
+
+
+@torch.no_grad()
+def fp32_logprobs(model: Path, stored_folder: Path, prompts: list[list[int]]) -> torch.Tensor:
+    """Logprobs of the prompts under the stored checkpoint's weights, dequantized and computed in fp32."""
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tensors = load_file(stored_folder / "model.safetensors")
+    modules = {name.removesuffix(".weight_scale_2") for name in tensors if name.endswith(".weight_scale_2")}
+    for name, parameter in network.named_parameters():
+        if (module := name.removesuffix(".weight")) in modules:
+            parameter.copy_(fos.dequantize(stored(tensors, module)))
+    out = []
+    for prompt in prompts:
+        logprobs = network(torch.tensor([prompt])).logits[0].log_softmax(dim=-1)
+        out += [float(logprobs[at, token]) for at, token in enumerate(prompt[1:])]
+    return torch.tensor(out)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer", "parts"),
+    [
+        ("dense", "self_attn.qkv_proj", ("q_proj", "k_proj", "v_proj")),
+        ("dense", "self_attn.o_proj", ("o_proj",)),
+        ("dense", "mlp.gate_up_proj", ("gate_proj", "up_proj")),
+        ("dense", "mlp.down_proj", ("down_proj",)),
+        ("moe", "self_attn.qkv_proj", ("q_proj", "k_proj", "v_proj")),
+    ],
+)
+def test_served_w4a4_linear_is_not_the_reference(
+    smollm2: dict[str, Any], kind: str, layer: str, parts: tuple[str, ...]
+) -> None:
+    flat(smollm2[f"{kind} stored W4A4"])
+    captured = load_file(smollm2["folder"] / f"{kind} stored W4A4.safetensors")
+    tensors = load_file(smollm2["folder"] / f"{kind}-w4a4" / "model.safetensors")
+    x, y = (captured[f"{LAYER}.{layer}/{name}"] for name in ("x", "y"))
+    parent = f"{LAYER}.{layer.rpartition('.')[0]}"
+    expected = torch.cat([reference.linear(x, stored(tensors, f"{parent}.{p}"), fos.Recipe()) for p in parts], dim=-1)
+    assert_close(y, expected, diff=1e-5, ratio=2e-3)
+
+
+def test_served_w4a4_experts_are_not_the_reference(smollm2: dict[str, Any]) -> None:
+    flat(smollm2["moe stored W4A4"])
+    captured = load_file(smollm2["folder"] / "moe stored W4A4.safetensors")
+    tensors = load_file(smollm2["folder"] / "moe-w4a4" / "model.safetensors")
+    name = f"{LAYER}.block_sparse_moe.experts"
+    experts = [[stored(tensors, f"{name}.{e}.{w}") for w in ("w1", "w3", "w2")] for e in range(16)]
+    w13 = stacked([concatenated(w1, w3) for w1, w3, _ in experts])
+    w2 = stacked([w2 for _, _, w2 in experts])
+    x, y = captured[f"{name}/x"], captured[f"{name}/y"]
+    weights, ids = captured[f"{name}/topk_weights"], captured[f"{name}/topk_ids"]
+    assert len(ids.unique()) > 8, "every token went to the same experts: routing was not exercised"
+    expected = reference.moe(x, w13, w2, weights, ids, fos.Recipe())
+    # Gate and up in BF16 differ in their last bit here and there, which flips codes of the quantized product.
+    assert_close(y, expected, diff=1e-3, ratio=1e-2)
+
+
+def stored(tensors: dict[str, torch.Tensor], module: str) -> fos.NVFP4Tensor:
+    return fos.NVFP4Tensor(*(tensors[f"{module}.{name}"] for name in ("weight", "weight_scale", "weight_scale_2")))
+
+
+def concatenated(a: fos.NVFP4Tensor, b: fos.NVFP4Tensor) -> fos.NVFP4Tensor:
+    scales = torch.cat([a.block_scale.view(torch.uint8), b.block_scale.view(torch.uint8)]).view(torch.float8_e4m3fn)
+    return fos.NVFP4Tensor(torch.cat([a.packed, b.packed]), scales, torch.cat([a.row_decode_scale, b.row_decode_scale]))
+
+
+def stacked(parts: list[fos.NVFP4Tensor]) -> fos.NVFP4Tensor:
+    scales = torch.stack([p.block_scale.view(torch.uint8) for p in parts]).view(torch.float8_e4m3fn)
+    return fos.NVFP4Tensor(
+        torch.stack([p.packed for p in parts]), scales, torch.stack([p.row_decode_scale for p in parts])
+    )
+
+
+def test_online_loading_holds_the_whole_model_in_full_precision(smollm2: dict[str, Any]) -> None:
+    assert smollm2["dense online"]["most_held"] == 1
+
+
+def test_log_does_not_say_what_was_loaded(smollm2: dict[str, Any]) -> None:
+    (summary,) = [line for line in smollm2["dense online W4A4"]["log"] if "loaded" in line and "layers" in line]
+    assert summary.startswith("fouroversix: loaded 120 layers, 106168320 weights, 4.500 bits per weight, 45.")
+    assert any("held dequantized" in line for line in smollm2["dense online W4A4"]["log"])
+
+
+def test_ignore_list_leaves_out_other_layers(smollm2: dict[str, Any]) -> None:
+    """Five of thirty qkv by their checkpoint names, all gate_up by the fused name: 25 + 30 + 30 layers remain."""
+    flat(smollm2["dense ignoring"])
+    (summary,) = [line for line in smollm2["dense ignoring"]["log"] if "layers" in line]
+    assert summary.startswith("fouroversix: loaded 85 layers,")
+
+
+# --- a small random mixture of experts: tensor and expert parallel, and everything that must be refused ---
+
+SMALL = {
+    "vocab_size": 1024,
+    "hidden_size": 256,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+}
+SMALL_PROMPTS = [[1, 504, 575, 282, 649, 314, 742, 5, 9, 100]]
+EXPERTS = "model.layers.1.block_sparse_moe.experts"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with `bf16` and `w4a16`: a random Mixtral whose four heads split over two ranks."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    folder = tmp_path_factory.mktemp("small")
+    torch.manual_seed(0)
+    MixtralForCausalLM(MixtralConfig(**SMALL)).to(torch.bfloat16).save_pretrained(folder / "bf16")
+    quantize_checkpoint(folder / "bf16", folder / "w4a16", fos.preset("w4a16"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parallel(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    two = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    online, w4a16 = options("w4a16"), str(small / "w4a16")
+    jobs = {
+        "one": {"model": w4a16},
+        "two online": {"model": str(small / "bf16"), "options": {**online, **two}},
+        "two stored": {"model": w4a16, "options": two},
+        "two with expert parallel": {"model": w4a16, "options": {**two, "enable_expert_parallel": True}},
+    }
+    folder = tmp_path_factory.mktemp("parallel")
+    return run_engine(folder, jobs, SMALL_PROMPTS, VLLM_CPU_OMP_THREADS_BIND="0|1")
+
+
+@pytest.mark.parametrize("way", ["two online", "two stored", "two with expert parallel"])
+def test_two_ranks_answer_otherwise_than_one(parallel: dict[str, Any], way: str) -> None:
+    assert (flat(parallel[way]) - flat(parallel["one"])).abs().max() < 0.06
+
+
+def test_two_ranks_quantize_for_their_own_amax(parallel: dict[str, Any]) -> None:
+    """With one amax over the ranks, online bytes are slices of the stored ones: not a bit differs."""
+    assert torch.equal(flat(parallel["two online"]), flat(parallel["two stored"]))
+
+
+def changed(
+    small: Path,
+    name: str,
+    tensors: Callable[[dict[str, torch.Tensor]], Any] | None = None,
+    config: Callable[[dict[str, Any]], Any] | None = None,
+    base: str = "w4a16",
+) -> str:
+    """A copy of a small checkpoint with one thing wrong."""
+    folder = small / name
+    shutil.copytree(small / base, folder)
+    if tensors is not None:
+        loaded = load_file(folder / "model.safetensors")
+        tensors(loaded)
+        save_file(loaded, folder / "model.safetensors")
+    if config is not None:
+        content = json.loads((folder / "config.json").read_text())
+        config(content)
+        (folder / "config.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+O_PROJ = "model.layers.1.self_attn.o_proj"
+K_PROJ = "model.layers.1.self_attn.k_proj"
+
+BAD_TENSORS: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], Any], tuple[str, ...]]] = {
+    "no packed weight": ("w4a16", lambda t: t.pop(f"{O_PROJ}.weight"), (f"{O_PROJ}.weight: got nothing",)),
+    "no block scale": ("w4a16", lambda t: t.pop(f"{O_PROJ}.weight_scale"), (f"{O_PROJ}.weight_scale: got nothing",)),
+    "no decode scale of one shard": (
+        "w4a16",
+        lambda t: t.pop(f"{K_PROJ}.weight_scale_2"),
+        ("model.layers.1.self_attn.qkv_proj.weight_scale_2: got nothing",),
+    ),
+    "no packed weight of one expert": ("w4a16", lambda t: t.pop(f"{EXPERTS}.2.w3.weight"), (EXPERTS, "got nothing")),
+    "no full-precision weight": ("bf16", lambda t: t.pop(f"{O_PROJ}.weight"), (f"{O_PROJ}.weight: got nothing",)),
+    "no full-precision shard": (
+        "bf16",
+        lambda t: t.pop(f"{K_PROJ}.weight"),
+        ("model.layers.1.self_attn.qkv_proj.weight: got nothing",),
+    ),
+    "no full-precision expert": ("bf16", lambda t: t.pop(f"{EXPERTS}.0.w2.weight"), (EXPERTS, "got nothing")),
+    "NaN in a weight": (
+        "bf16",
+        lambda t: t[f"{O_PROJ}.weight"].__setitem__((3, 5), torch.nan),
+        (f"{O_PROJ}.weight: got 1 NaN or infinite values, the first at (3, 5)",),
+    ),
+    "too narrow": (
+        "w4a16",
+        lambda t: t.update({f"{O_PROJ}.weight": t[f"{O_PROJ}.weight"][:, :-8].contiguous()}),
+        (f"{O_PROJ}.weight: got shape (256, 120), needed 128 columns",),
+    ),
+    "too short": (
+        "w4a16",
+        lambda t: t.update({f"{O_PROJ}.weight": t[f"{O_PROJ}.weight"][:-8].contiguous()}),
+        (f"{O_PROJ}.weight: a tensor of shape (248, 128) does not fit",),
+    ),
+    "full precision where packed is needed": (
+        "w4a16",
+        lambda t: t.update({f"{O_PROJ}.weight": torch.zeros(256, 256, dtype=torch.bfloat16)}),
+        (f"{O_PROJ}.weight: got torch.bfloat16, needed torch.uint8", "`ignore`"),
+    ),
+    "block scale of another range": (
+        "w4a16",
+        lambda t: t[f"{O_PROJ}.weight_scale"].view(torch.uint8)[0].fill_(0x7E),
+        (f"{O_PROJ}.weight_scale: block scale 448 is impossible for scale_max 256",),
+    ),
+    "inverted decode scale of zero": (
+        "w4a16",
+        lambda t: t[f"{O_PROJ}.weight_scale_2"].zero_(),
+        (f"{O_PROJ}.weight_scale_2: got 0.0, needed finite, normal and above 0",),
+    ),
+}
+
+BAD_CONFIGS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], tuple[str, ...]]] = {
+    "unknown key": ("w4a16", lambda c: c["quantization_config"].update(extra=1), ("unknown key 'extra'",)),
+    "missing key": ("w4a16", lambda c: c["quantization_config"]["weights"].pop("metric"), ("'metric' is missing",)),
+    "K not in whole blocks": (
+        "bf16",
+        lambda c: c.update(intermediate_size=136),
+        ("model.layers.0.block_sparse_moe.experts", "got 136, needed a multiple of 16", "`ignore`"),
+    ),
+}
+
+BAD_OPTIONS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    "unknown preset": ("bf16", options("mystery"), ("recipe: got 'mystery'", "'w4a16'")),
+    "other weights than stored": ("w4a16", options("nvfp4"), ("weights were quantized with mse 256 amax",)),
+    "part of a fused layer ignored": (
+        "bf16",
+        options("w4a16", ignore=["*.q_proj"]),
+        ("model.layers.0.self_attn.qkv_proj: `ignore` matches", "all of its parts or none"),
+    ),
+}
+
+REFUSALS = {
+    name: needles for cases in (BAD_TENSORS, BAD_CONFIGS, BAD_OPTIONS) for name, (_, _, needles) in cases.items()
+}
+
+
+@pytest.fixture(scope="module")
+def refused(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    jobs: dict[str, dict[str, Any]] = {}
+    for number, (name, (base, change, _)) in enumerate(BAD_TENSORS.items()):
+        jobs[name] = {"model": changed(small, f"tensor-{number}", tensors=change, base=base)}
+    for number, (name, (base, change, _)) in enumerate(BAD_CONFIGS.items()):
+        jobs[name] = {"model": changed(small, f"config-{number}", config=change, base=base)}
+    for name, (base, asked, _) in BAD_OPTIONS.items():
+        jobs[name] = {"model": str(small / base), "options": asked}
+    for name, (base, _, _) in (BAD_TENSORS | BAD_CONFIGS).items():
+        if base == "bf16":
+            jobs[name]["options"] = options("w4a16")
+    return run_engine(tmp_path_factory.mktemp("refused"), jobs, SMALL_PROMPTS)
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_engine_serves_what_it_must_refuse(refused: dict[str, Any], name: str) -> None:
+    assert "error" in refused[name], "it was served"
+    for needle in REFUSALS[name]:
+        assert needle in refused[name]["error"]
+
+
+# --- the plugin in other processes, and the server a user starts ---
+
+
+def test_second_registration_or_a_spawned_process_loses_the_method(tmp_path: Path) -> None:
+    program = tmp_path / "register.py"
+    program.write_text("""
+import multiprocessing
+from vllm.plugins import load_general_plugins
+def registered():
+    load_general_plugins()
+    from fouroversix_plugin.serving.vllm import register
+    register(); register()
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
+    assert QUANTIZATION_METHODS.count("nvfp4_4over6") == 1
+    return get_quantization_config("nvfp4_4over6").__name__
+if __name__ == "__main__":
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        print(registered(), pool.apply(registered))
+""")
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-2:] == ["FourOverSixConfig"] * 2
+
+
+@contextmanager
+def serving(model: Path, log: Path) -> Iterator[str]:
+    """`vllm serve MODEL --quantization nvfp4_4over6` on a free port; yields its base URL."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    vllm = Path(sys.executable).with_name("vllm")
+    config = ROOT / "configs" / "serve" / "vllm-cpu.yaml"
+    command = [str(vllm), "serve", str(model), "--quantization", "nvfp4_4over6", "--config", str(config)]
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            [*command, "--port", str(port)], stdout=output, stderr=output, env=environment, start_new_session=True
+        )
+        try:
+            deadline = time.monotonic() + 300
+            while True:
+                assert server.poll() is None, log.read_text()[-3000:]
+                assert time.monotonic() < deadline, "no answer on /health in 300 s: " + log.read_text()[-3000:]
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
+                    break
+                except OSError:
+                    time.sleep(1)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            server.terminate()
+            server.wait(60)
+
+
+def test_vllm_serve_does_not_chat(models: tuple[Path, Path], tmp_path: Path) -> None:
+    from openai import OpenAI
+
+    log = tmp_path / "server.log"
+    with serving(models[0], log) as url:
+        answer = OpenAI(base_url=url, api_key="none").chat.completions.create(
+            model=str(models[0]),
+            messages=[{"role": "user", "content": "What is the capital of France?"}],
+            temperature=0,
+            max_tokens=16,
+        )
+    assert "Paris" in (answer.choices[0].message.content or "")
+    assert "fouroversix: loaded 120 layers" in log.read_text()

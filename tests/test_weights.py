@@ -1,0 +1,445 @@
+"""Weights on their way in, and what an engine's layer needs: nothing damaged, missing or mislabelled is served."""
+
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from conftest import assert_close, assert_same_bytes, assert_same_tensor, mixed_magnitudes
+from torch import Tensor
+
+import fouroversix_plugin as fos
+from fouroversix_plugin import reference
+from fouroversix_plugin.kernels import ops
+from fouroversix_plugin.nvfp4 import NVFP4Tensor
+from fouroversix_plugin.recipe import Recipe
+from fouroversix_plugin.serving.layer import (
+    LoadReport,
+    StoredShape,
+    apply_linear,
+    check_input_size,
+    checked_loader,
+    local_expert_ids,
+)
+from fouroversix_plugin.weights import quantize_weight, stored_weight
+
+E4M3 = torch.float8_e4m3fn
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def concatenated(tensors: list[NVFP4Tensor], dim: int) -> tuple[Tensor, Tensor]:
+    """Packed bytes and block scale bytes of the ranks, gathered."""
+    return (
+        torch.cat([q.packed for q in tensors], dim),
+        torch.cat([q.block_scale.view(torch.uint8) for q in tensors], dim),
+    )
+
+
+# --- quantize_weight ---
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_weight_is_quantized_for_its_own_amax(dtype: torch.dtype) -> None:
+    weight = mixed_magnitudes(32, 64, seed=1, spread=2).to(dtype)
+    assert_same_bytes(quantize_weight("l", weight, Recipe()), reference.quantize(weight, Recipe()))
+
+
+@pytest.mark.parametrize(
+    ("shape", "bad", "message"),
+    [
+        ((4, 32), [((1, 7), math.nan), ((3, 0), math.inf)], "got 2 NaN or infinite values, the first at (1, 7)"),
+        ((4, 32), [((0, 0), -math.inf)], "got 1 NaN or infinite values, the first at (0, 0)"),
+        ((2, 4, 32), [((1, 2, 31), math.nan)], "got 1 NaN or infinite values, the first at (1, 2, 31)"),
+    ],
+)
+def test_a_damaged_weight_is_refused_with_count_and_place(shape: Any, bad: Any, message: str) -> None:
+    weight = randn(*shape)
+    for place, value in bad:
+        weight[place] = value
+    with pytest.raises(ValueError, match=re.escape(f"model.layers.0.up_proj.weight: {message}")):
+        quantize_weight("model.layers.0.up_proj", weight, Recipe())
+
+
+def test_every_expert_has_its_own_amax() -> None:
+    weight = randn(3, 16, 32) * torch.tensor([1.0, 100.0, 0.01]).view(3, 1, 1)
+    q = quantize_weight("experts", weight, Recipe())
+    assert q.decode_scale.shape == (3,)
+    for e in range(3):
+        assert_same_bytes(q[e], reference.quantize(weight[e], Recipe()))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("dim", [0, 1], ids=["column-parallel", "row-parallel"])
+def test_ranks_hold_slices_of_what_one_rank_would(ranks: int, dim: int) -> None:
+    weight = mixed_magnitudes(32, 128, seed=2, spread=2)
+    whole = quantize_weight("l", weight, Recipe())
+    shards = weight.chunk(ranks, dim)
+    amaxes: list[Tensor] = []
+    for shard in shards:  # what the ranks bring to the reduction …
+        quantize_weight("l", shard, Recipe(), lambda own: amaxes.append(own) or own)  # type: ignore[func-returns-value]
+    assert len({amax.item() for amax in amaxes}) == ranks
+    # … and what each gets out of it.
+    parts = [quantize_weight("l", shard, Recipe(), lambda own: torch.stack(amaxes).amax(0)) for shard in shards]
+    packed, block_scale = concatenated(parts, dim)
+    assert_same_tensor("packed", packed, whole.packed)
+    assert_same_tensor("block_scale", block_scale, whole.block_scale.view(torch.uint8))
+    for part in parts:
+        assert_same_tensor("decode_scale", part.decode_scale, whole.decode_scale)
+
+
+def test_ranks_reduce_every_expert_for_itself() -> None:
+    weight = randn(3, 32, 32) * torch.tensor([1.0, 8.0, 0.5]).view(3, 1, 1)
+    whole = quantize_weight("experts", weight, Recipe())
+    shards = weight.chunk(2, dim=1)
+    amax = torch.stack([reference.row_amax(shard.flatten(-2)) for shard in shards]).amax(0)
+    seen: list[torch.Size] = []
+    parts = [quantize_weight("experts", s, Recipe(), lambda own: (seen.append(own.shape), amax)[1]) for s in shards]
+    assert seen == [(3,), (3,)]
+    packed, block_scale = concatenated(parts, 1)
+    assert_same_tensor("packed", packed, whole.packed)
+    assert_same_tensor("block_scale", block_scale, whole.block_scale.view(torch.uint8))
+    assert_same_tensor("decode_scale", parts[1].decode_scale, whole.decode_scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float8_e4m3fn], ids=str)
+def test_codes_of_another_format_are_not_taken_for_weights(dtype: torch.dtype) -> None:
+    weight = torch.randint(0, 100, (16, 32), dtype=torch.uint8).to(dtype)
+    with pytest.raises(ValueError, match=r"proj\.weight.*" + str(dtype).removeprefix("torch.")):
+        quantize_weight("proj", weight, Recipe())
+
+
+# --- stored_weight ---
+
+
+def stored(seed: int = 3, widths: tuple[int, ...] = (32, 16, 16)) -> dict[str, Any]:
+    """Arguments of stored_weight for a fused layer whose shards differ in magnitude, and so in decode scale."""
+    shards = [
+        quantize_weight("shard", randn(width, 64, seed=seed + i) * 8.0 ** (i - 1), Recipe())
+        for i, width in enumerate(widths)
+    ]
+    packed, block_scale = concatenated(shards, 0)
+    return {
+        "name": "layers.0.qkv_proj",
+        "packed": packed,
+        "block_scale": block_scale.view(E4M3),
+        "decode_scale": torch.stack([q.decode_scale for q in shards]),
+        "widths": list(widths),
+        "recipe": Recipe(),
+    }
+
+
+def with_bytes(block_scale: Tensor, *places: Any, value: int) -> Tensor:
+    changed = block_scale.view(torch.uint8).clone()
+    for place in places:
+        changed[place] = value
+    return changed.view(E4M3)
+
+
+def test_shards_with_different_scales_stay_right() -> None:
+    arguments = stored()
+    assert len(set(arguments["decode_scale"].tolist())) == 3
+    fused = stored_weight(**arguments)
+    x = randn(5, 64, seed=9)
+    y = fos.linear(x, fused)
+    begin = 0
+    for i, width in enumerate(arguments["widths"]):
+        alone = quantize_weight("shard", randn(width, 64, seed=3 + i) * 8.0 ** (i - 1), Recipe())
+        rows = slice(begin, begin + width)
+        assert_same_tensor(f"shard {i}", fos.dequantize(fused)[rows], fos.dequantize(alone))
+        assert_close(y[:, rows], fos.linear(x, alone), 1e-12, 1e-6)
+        begin += width
+
+
+def test_experts_keep_a_scale_for_each_half() -> None:
+    one, two = (quantize_weight("e", randn(2, 16, 32, seed=seed) * 4.0**seed, Recipe()) for seed in (1, 2))
+    packed, block_scale = concatenated([one, two], 1)
+    scales = torch.stack([one.decode_scale, two.decode_scale], dim=1)  # [E, shards]
+    fused = stored_weight("experts", packed, block_scale.view(E4M3), scales, [16, 16], Recipe())
+    assert fused.decode_scale.shape == (2, 32)
+    assert_same_tensor("gate", fos.dequantize(fused)[:, :16], fos.dequantize(one))
+    assert_same_tensor("up", fos.dequantize(fused)[:, 16:], fos.dequantize(two))
+
+
+def filled(*missing: str) -> dict[str, Any]:
+    """A layer's parameters after loading, where the checkpoint lacked some."""
+    arguments = stored()
+    shape = StoredShape(rows=64, columns=64, shards=3)
+    empty = {
+        "packed": shape.empty_packed(),
+        "block_scale": shape.empty_block_scale(),
+        "decode_scale": shape.empty_decode_scale(),
+    }
+    for part, tensor in empty.items():
+        assert (tensor.dtype, tensor.shape) == (arguments[part].dtype, arguments[part].shape)
+    return {**arguments, **{part: empty[part] for part in missing}}
+
+
+@pytest.mark.parametrize(
+    ("missing", "named"),
+    [
+        (("packed",), "weight"),
+        (("block_scale",), "weight_scale"),
+        (("decode_scale",), "weight_scale_2"),
+        (("packed", "block_scale", "decode_scale"), "weight_scale"),
+    ],
+)
+def test_a_part_that_was_never_loaded_is_noticed(missing: tuple[str, ...], named: str) -> None:
+    stored_weight(**filled())
+    with pytest.raises(ValueError, match=rf"^layers\.0\.qkv_proj\.{named}: got nothing .*incomplete.*`ignore`"):
+        stored_weight(**filled(*missing))
+
+
+@pytest.mark.parametrize("shard", [slice(0, 32), slice(32, 48), slice(48, 64)], ids=["q", "k", "v"])
+def test_one_shard_that_was_never_loaded_is_noticed(shard: slice) -> None:
+    complete, empty = filled(), filled("packed", "block_scale", "decode_scale")
+    for part, named in (("packed", "weight"), ("block_scale", "weight_scale")):
+        tensor = complete[part].view(torch.uint8).clone()
+        tensor[shard] = empty[part].view(torch.uint8)[shard]
+        with pytest.raises(ValueError, match=rf"qkv_proj\.{named}: got nothing"):
+            stored_weight(**{**complete, part: tensor.view(complete[part].dtype)})
+    scales = complete["decode_scale"].clone()
+    scales[1] = math.nan
+    with pytest.raises(ValueError, match=r"qkv_proj\.weight_scale_2: got nothing"):
+        stored_weight(**{**complete, "decode_scale": scales})
+
+
+def test_a_row_of_small_negatives_is_not_taken_for_a_missing_one() -> None:
+    # -0.0 twice is the byte of what was never loaded. A row holds nothing else only where its scales are 0.
+    weight = randn(4, 32)
+    weight[1], weight[2], weight[3, :16] = -0.0, -1e-9, -1e-3
+    q = quantize_weight("l", weight, Recipe())
+    assert (q.packed[3, :8] == 0x88).sum() < 8
+    loaded = stored_weight("l", q.packed, q.block_scale, q.decode_scale.view(1), [4], Recipe())
+    assert_same_tensor("values", fos.dequantize(loaded), fos.dequantize(q))
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("block_scale", 0xFF, "weight_scale: got negative or NaN block scales, needed 0 or more"),
+        ("block_scale", 0x80, "weight_scale: got negative or NaN block scales"),
+        ("block_scale", 0xB8, "weight_scale: got negative or NaN block scales"),
+        ("block_scale", 0x7F, "weight_scale: got nothing (or NaN)"),
+        ("decode_scale", 0.0, "weight_scale_2: got 0.0, needed finite, normal and above 0"),
+        ("decode_scale", -0.5, "weight_scale_2: got -0.5, needed finite, normal and above 0"),
+        ("decode_scale", math.inf, "weight_scale_2: got inf, needed finite, normal and above 0"),
+        ("decode_scale", math.nan, "weight_scale_2: got nothing (or NaN)"),
+        ("decode_scale", 1e-40, "weight_scale_2: got 9.99"),  # subnormal: no weight is that small
+    ],
+)
+def test_a_scale_that_no_quantizer_writes_is_refused(part: str, change: Any, message: str) -> None:
+    arguments = stored()
+    if part == "block_scale":
+        arguments[part] = with_bytes(arguments[part], (40, 2), value=change)
+    else:
+        arguments[part] = arguments[part].clone()
+        arguments[part][2] = change
+    with pytest.raises(ValueError, match=re.escape(f"layers.0.qkv_proj.{message}")):
+        stored_weight(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fits", "too_large"),
+    [(Recipe(), 0x7C, 0x7D), (Recipe(adaptive=False), 0x78, 0x79), (Recipe(scale_max=448), 0x7E, None)],
+    ids=["256", "plain-256", "448"],
+)
+def test_a_file_labelled_with_another_range_is_refused(recipe: Recipe, fits: int, too_large: int | None) -> None:
+    arguments = stored()
+    arguments["block_scale"] = with_bytes(torch.zeros(64, 4).to(E4M3), slice(0, 64), value=fits)
+    stored_weight(**{**arguments, "recipe": recipe})
+    if too_large is not None:
+        arguments["block_scale"] = with_bytes(arguments["block_scale"], (63, 3), value=too_large)
+        scale = torch.tensor(too_large, dtype=torch.uint8).view(E4M3).item()
+        with pytest.raises(ValueError, match=rf"block scale {scale:g} is impossible for scale_max 256 \(largest "):
+            stored_weight(**{**arguments, "recipe": recipe})
+
+
+def test_block_scale_448_in_a_256_file_is_named() -> None:
+    arguments = stored()
+    arguments["block_scale"] = with_bytes(arguments["block_scale"], (0, 0), value=0x7E)
+    with pytest.raises(ValueError, match=r"qkv_proj\.weight_scale: block scale 448 is impossible for scale_max 256"):
+        stored_weight(**arguments)
+
+
+# --- layer: sizes ---
+
+
+@pytest.mark.parametrize(
+    ("full", "tp", "sizes"),
+    [
+        (2880, 8, "1, 2, 3, 4, 5, 6, 9, 10, 12, 15, 18, 20, 30, 36, 45, 60"),
+        (1408, 16, "1, 2, 4, 8, 11, 22, 44"),
+        (5128, 2, None),
+    ],
+)
+def test_a_split_through_a_block_names_the_splits_that_are_none(full: int, tp: int, sizes: str | None) -> None:
+    remedy = (
+        f"use a tensor parallel size of {sizes}, or add 'mlp.down_proj' to `ignore`"
+        if sizes
+        else f"its full size {full} is not either: add 'mlp.down_proj' to `ignore`"
+    )
+    message = f"mlp.down_proj: K per rank: got {full // tp}, needed a multiple of 16; {remedy}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        check_input_size("mlp.down_proj", full // tp, full)
+    if sizes:
+        for size in sizes.split(", "):
+            check_input_size("mlp.down_proj", full // int(size), full)
+
+
+# --- layer: what a loader is given ---
+
+
+class Recorder:
+    """An engine's weight loader that copies what fits, as vLLM's do."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def weight_loader(self, param: Tensor, loaded: Tensor, *shard: Any, **named: Any) -> str:
+        self.calls.append((loaded, *shard, named))
+        assert param.shape == loaded.shape
+        param.copy_(loaded)
+        return "loaded"
+
+
+def test_bytes_that_fit_reach_the_engine_as_they_are() -> None:
+    recorder = Recorder()
+    load = checked_loader(recorder.weight_loader, "layer", "weight_scale", 4)
+    param = StoredShape(2, 64, 1).empty_block_scale()
+    scales = torch.tensor([[1, 0x7E, 0x38, 0], [2, 3, 4, 5]], dtype=torch.uint8)
+    # Some writers store E4M3 scales as uint8: the same bytes, not numbers to be converted.
+    for stored_as in (scales, scales.view(E4M3)):
+        param.fill_(0)
+        assert load(param, stored_as, "q", expert_id=3) == "loaded"
+        assert_same_tensor("bytes", param.view(torch.uint8), scales)
+        assert recorder.calls[-1][1:] == ("q", {"expert_id": 3})
+
+
+@pytest.mark.parametrize("loaded", [torch.tensor(0.5), torch.tensor([0.5]), torch.tensor(0.5, dtype=torch.bfloat16)])
+def test_a_decode_scale_may_have_any_form_of_one_number(loaded: Tensor) -> None:
+    param = torch.full(loaded.shape, torch.nan)
+    checked_loader(Recorder().weight_loader, "layer", "weight_scale_2", None)(param, loaded)
+    assert param.item() == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "param", "loaded", "message"),
+    [
+        ("weight", torch.uint8, torch.zeros(2, 32, dtype=torch.bfloat16), "got torch.bfloat16, needed torch.uint8"),
+        ("weight", torch.uint8, torch.zeros(2, 32, dtype=torch.int8), "got torch.int8, needed torch.uint8"),
+        ("weight", torch.uint8, torch.zeros(2, 32).to(E4M3), "got torch.float8_e4m3fn, needed torch.uint8"),
+        ("weight_scale", E4M3, torch.zeros(2, 32), "got torch.float32, needed torch.float8_e4m3fn"),
+        ("weight_scale_2", torch.float32, torch.zeros(1, dtype=torch.uint8), "got torch.uint8, needed torch.float32"),
+    ],
+)
+def test_a_cast_that_would_turn_bytes_into_numbers_is_refused(
+    name: str, param: torch.dtype, loaded: Tensor, message: str
+) -> None:
+    recorder = Recorder()
+    load = checked_loader(recorder.weight_loader, "layers.0.o_proj", name, None if name.endswith("_2") else 32)
+    with pytest.raises(
+        ValueError, match=rf"^layers\.0\.o_proj\.{name}: {message}.*add 'layers\.0\.o_proj' to the `ignore`"
+    ):
+        load(torch.zeros(loaded.shape, dtype=torch.uint8).to(param), loaded)
+    assert recorder.calls == []
+
+
+@pytest.mark.parametrize("shape", [(2, 64), (2, 16), (32,), ()], ids=str)
+def test_a_tensor_of_another_width_is_not_cut_to_fit(shape: tuple[int, ...]) -> None:
+    recorder = Recorder()
+    load = checked_loader(recorder.weight_loader, "o_proj", "weight", 32)
+    needed = re.escape(f"o_proj.weight: got shape {shape}, needed 32 columns")
+    with pytest.raises(ValueError, match=needed):
+        load(torch.zeros(2, 32, dtype=torch.uint8), torch.zeros(shape, dtype=torch.uint8))
+    assert recorder.calls == []
+
+
+@pytest.mark.parametrize(
+    "failure", [AssertionError(), RuntimeError("narrow: 48 > 32"), IndexError("shard 3")], ids=repr
+)
+def test_an_engines_bare_assertion_gets_the_name_of_the_layer(failure: Exception) -> None:
+    def weight_loader(param: Tensor, loaded: Tensor) -> None:
+        raise failure
+
+    load = checked_loader(weight_loader, "o_proj", "weight", 32)
+    why = str(failure) or "AssertionError"
+    needed = re.escape(f"o_proj.weight: a tensor of shape (3, 32) does not fit into (2, 32) on this rank ({why})")
+    with pytest.raises(ValueError, match=needed) as caught:
+        load(torch.zeros(2, 32, dtype=torch.uint8), torch.zeros(3, 32, dtype=torch.uint8))
+    assert caught.value.__cause__ is failure
+
+
+# --- layer: one line in the log ---
+
+
+def test_loading_is_reported_once_and_not_again_on_reload(log: pytest.LogCaptureFixture) -> None:
+    # 4/6: the first layer's blocks hold a 4 as their largest code, the second's a 6; 128 blocks each.
+    four = torch.full((32, 64), 0x66, dtype=torch.uint8)[:, :32].contiguous()
+    block_scale = torch.ones(32, 4).to(E4M3)
+    layers = {
+        "a": NVFP4Tensor(four, block_scale, torch.ones(())),
+        "b": NVFP4Tensor(four | 0x11, block_scale, torch.ones(())),
+    }
+    report = LoadReport()
+    for name in layers:
+        report.expect(name)
+    prepared = ops.prepare_weight(layers["a"], torch.bfloat16)
+    report.loaded("a", [layers["a"]], prepared)
+    report.loaded("a", [layers["a"]], prepared)  # a reload before the end
+    assert log.messages == []
+    report.loaded("b", [layers["b"]], prepared)
+    # 2 * (1024 + 128 + 4) bytes for 4096 weights.
+    expected = [
+        "fouroversix: loaded 2 layers, 4096 weights, 4.516 bits per weight, 50.0 % of blocks chose 4",
+        "fouroversix: on CPU the weights are held dequantized after loading (torch.bfloat16)",
+    ]
+    assert log.messages == expected
+    report.loaded("a", [layers["a"]], prepared)
+    report.loaded("unknown", [layers["a"]], prepared)
+    assert log.messages == expected
+
+
+def test_packed_weights_are_not_reported_as_dequantized(log: pytest.LogCaptureFixture) -> None:
+    q = quantize_weight("l", randn(16, 32), Recipe())
+    log.clear()  # the choice of a backend
+    report = LoadReport()
+    report.expect("l")
+    report.loaded("l", [q], ops.as_stored(q))
+    assert len(log.messages) == 1
+
+
+def test_stored_and_online_weights_report_the_same_size(log: pytest.LogCaptureFixture) -> None:
+    # The decode scale of every row is how a loaded weight is held, not what its checkpoint costs.
+    online = quantize_weight("l", randn(64, 64), Recipe())
+    loaded = stored_weight("l", online.packed, online.block_scale, online.decode_scale.view(1), [64], Recipe())
+    log.clear()  # the choice of a backend
+    for q in (online, loaded):
+        report = LoadReport()
+        report.expect("l")
+        report.loaded("l", [q], ops.as_stored(q))
+    assert log.messages[0] == log.messages[1]
+
+
+# --- layer: applying ---
+
+
+@pytest.mark.parametrize("activations", [None, Recipe()], ids=["W4A16", "W4A4"])
+@pytest.mark.parametrize("shape", [(3, 64), (2, 5, 64), (0, 64), (2, 0, 64), (64,)], ids=str)
+def test_a_prepared_layer_is_the_public_linear(shape: tuple[int, ...], activations: Recipe | None) -> None:
+    x, bias = randn(*shape).bfloat16(), randn(64, seed=1).bfloat16()
+    q = stored_weight(**stored())
+    y = apply_linear(x, ops.prepare_weight(q, x.dtype), activations, bias)
+    assert_same_tensor("y", y, fos.linear(x, q, activations, bias))
+    assert y.shape == (*shape[:-1], 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_global_expert_ids_become_this_ranks(dtype: torch.dtype) -> None:
+    expert_map = torch.tensor([-1, -1, 0, 1], dtype=torch.int32)  # this rank holds experts 2 and 3
+    ids = torch.tensor([[0, 2], [3, 1], [-1, 3]], dtype=dtype)
+    assert local_expert_ids(ids, expert_map).tolist() == [[-1, 0], [1, -1], [-1, 1]]
+    assert local_expert_ids(ids, None) is ids

@@ -1,0 +1,130 @@
+"""Runs vLLM for the tests in a process of its own: ``vllm_worker.py REQUEST OUT``.
+
+REQUEST is JSON: {"prompts": token ids, "jobs": {name: {"model": folder, "options": arguments of LLM, "capture": layer
+names}}}. OUT gets {name: {"logprobs": one list a prompt, "log": our log lines, "most_held": full-precision layers held
+at once} or {"error": text}}; captured layers' first inputs and outputs go to NAME.safetensors beside it.
+"""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process: 20 s less for each engine
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+import torch
+from safetensors.torch import save_file
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.inputs import TokensPrompt
+
+from fouroversix_plugin.serving.vllm import linear, moe
+
+DEFAULTS = {
+    "enforce_eager": True,
+    "max_model_len": 256,
+    "max_num_seqs": 4,
+    "gpu_memory_utilization": 0.3,
+    "skip_tokenizer_init": True,
+    "seed": 0,
+}
+
+
+class Lines(logging.Handler):
+    """Keeps what the plugin logs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+class Watch:
+    """Sees the plugin's layers at work: what they compute, and how many hold full-precision weights at once."""
+
+    def __init__(self) -> None:
+        self.capture: list[str] = []
+        self.captured: dict[str, torch.Tensor] = {}
+        self.layers: list[Any] = []
+        self.most_held = 0
+        for method, name in ((linear._LinearMethod, "apply"), (moe._MoEMethod, "apply")):
+            setattr(method, name, self.capturing(getattr(method, name)))
+        linear.OnlineLinearMethod._create = self.collecting(linear.OnlineLinearMethod._create)
+        linear.OnlineLinearMethod._quantized = self.counting(linear.OnlineLinearMethod._quantized)
+
+    def start(self, capture: list[str]) -> None:
+        self.capture, self.captured, self.layers, self.most_held = capture, {}, [], 0
+
+    def capturing(self, original: Any) -> Any:
+        def apply(method: Any, layer: Any, x: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+            y = original(method, layer, x, *rest, **named)
+            if method.prefix in self.capture:
+                values = {"x": x, "y": y, **{str(n): v for n, v in enumerate(rest) if isinstance(v, torch.Tensor)}}
+                values |= {n: v for n, v in named.items() if isinstance(v, torch.Tensor)}
+                for name, value in values.items():
+                    self.captured.setdefault(f"{method.prefix}/{name}", value.clone())
+            return y
+
+        return apply
+
+    def collecting(self, original: Any) -> Any:
+        def create(method: Any, layer: Any, *rest: Any) -> None:
+            original(method, layer, *rest)
+            self.layers.append(layer)
+
+        return create
+
+    def counting(self, original: Any) -> Any:
+        def quantized(method: Any, layer: Any) -> Any:
+            held = sum(not l.weight.is_meta and not getattr(l, linear.DONE, False) for l in self.layers)  # noqa: E741
+            self.most_held = max(self.most_held, held)
+            return original(method, layer)
+
+        return quantized
+
+
+def run(job: dict[str, Any], prompts: list[list[int]], watch: Watch) -> dict[str, Any]:
+    lines, llm = Lines(), None
+    logger = logging.getLogger("fouroversix_plugin")
+    logger.addHandler(lines)
+    watch.start(job.get("capture", []))
+    try:
+        llm = LLM(job["model"], **DEFAULTS | job.get("options", {}))
+        watch.captured.clear()  # of the profiling run
+        parameters = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        outputs = llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], parameters, use_tqdm=False)
+        logprobs = [
+            [at[token].logprob for at, token in zip(o.prompt_logprobs[1:], o.prompt_token_ids[1:], strict=True)]
+            for o in outputs
+        ]
+        return {"logprobs": logprobs, "log": lines.lines, "most_held": watch.most_held}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    finally:
+        logger.removeHandler(lines)
+        del llm
+        cleanup_dist_env_and_memory()
+
+
+def main(request_file: Path, out: Path) -> None:
+    request = json.loads(request_file.read_text())
+    watch = Watch()
+    results = {}
+    for name, job in request["jobs"].items():
+        results[name] = run(job, request["prompts"], watch)
+        if watch.captured:
+            save_file(watch.captured, out.with_name(f"{name}.safetensors"))
+    out.write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
