@@ -16,7 +16,7 @@ from fouroversix_plugin.nvfp4 import NVFP4Tensor
 from fouroversix_plugin.recipe import Recipe
 from fouroversix_plugin.serving.layer import (
     LoadReport,
-    StoredShape,
+    WeightShape,
     apply_linear,
     check_input_size,
     checked_loader,
@@ -167,12 +167,9 @@ def test_experts_keep_a_scale_for_each_half() -> None:
 def filled(*missing: str) -> dict[str, Any]:
     """A layer's parameters after loading, where the checkpoint lacked some."""
     arguments = stored()
-    shape = StoredShape(rows=64, columns=64, shards=3)
-    empty = {
-        "packed": shape.empty_packed(),
-        "block_scale": shape.empty_block_scale(),
-        "decode_scale": shape.empty_decode_scale(),
-    }
+    parts = WeightShape(rows=64, columns=64, full_columns=128, shards=3).stored()
+    names = {"weight": "packed", "weight_scale": "block_scale", "weight_scale_2": "decode_scale"}
+    empty = {names[name]: tensor for name, tensor, _ in parts}
     for part, tensor in empty.items():
         assert (tensor.dtype, tensor.shape) == (arguments[part].dtype, arguments[part].shape)
     return {**arguments, **{part: empty[part] for part in missing}}
@@ -309,7 +306,7 @@ class Recorder:
 def test_bytes_that_fit_reach_the_engine_as_they_are() -> None:
     recorder = Recorder()
     load = checked_loader(recorder.weight_loader, "layer", "weight_scale", 4)
-    param = StoredShape(2, 64, 1).empty_block_scale()
+    param = torch.zeros(2, 4, dtype=torch.uint8).view(E4M3)
     scales = torch.tensor([[1, 0x7E, 0x38, 0], [2, 3, 4, 5]], dtype=torch.uint8)
     # Some writers store E4M3 scales as uint8: the same bytes, not numbers to be converted.
     for stored_as in (scales, scales.view(E4M3)):

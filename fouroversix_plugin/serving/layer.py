@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,32 +42,40 @@ def check_input_size(layer: str, per_rank: int, full: int) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredShape:
-    """The parameters of a stored weight [..., N, K] as an engine creates them before loading.
+class WeightShape:
+    """A weight [..., N, K] as one rank holds it.
 
     Args:
         rows: N on this rank.
         columns: K on this rank.
-        shards: parts of N with a decode scale of their own (q/k/v; gate/up).
+        full_columns: K over all ranks.
+        shards: parts of N with a decode scale of their own in a checkpoint (q/k/v; gate/up).
         lead: leading dimensions (experts).
-
-    Everything starts as what no checkpoint holds, so that ``stored_weight`` sees what was never loaded.
     """
 
     rows: int
     columns: int
+    full_columns: int
     shards: int
     lead: tuple[int, ...] = ()
 
-    def empty_packed(self) -> Tensor:
-        return torch.full((*self.lead, self.rows, self.columns // 2), UNLOADED_CODES, dtype=torch.uint8)
+    def full_precision(self, dtype: torch.dtype) -> Tensor:
+        """What a full-precision weight is loaded into, without memory until it arrives."""
+        return torch.empty(*self.lead, self.rows, self.columns, dtype=dtype, device="meta")
 
-    def empty_block_scale(self) -> Tensor:
-        shape = (*self.lead, self.rows, self.columns // BLOCK_SIZE)
-        return torch.full(shape, E4M3_NAN, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    def stored(self) -> Iterator[tuple[str, Tensor, int | None]]:
+        """Name, empty tensor and last dimension in the checkpoint (None for the decode scales) of each stored part.
 
-    def empty_decode_scale(self) -> Tensor:
-        return torch.full((*self.lead, self.shards), torch.nan, dtype=torch.float32)
+        Everything starts as what no checkpoint holds, so that ``stored_weight`` sees what was never loaded.
+        """
+        half, blocks = self.columns // 2, self.columns // BLOCK_SIZE
+        yield "weight", self._filled(half, UNLOADED_CODES), self.full_columns // 2
+        block_scale = self._filled(blocks, E4M3_NAN).view(torch.float8_e4m3fn)
+        yield "weight_scale", block_scale, self.full_columns // BLOCK_SIZE
+        yield "weight_scale_2", torch.full((*self.lead, self.shards), torch.nan, dtype=torch.float32), None
+
+    def _filled(self, columns: int, byte: int) -> Tensor:
+        return torch.full((*self.lead, self.rows, columns), byte, dtype=torch.uint8)
 
 
 def checked_loader(loader: Callable[..., object], layer: str, name: str, columns: int | None) -> Callable[..., object]:

@@ -17,7 +17,7 @@ from vllm.model_executor.utils import replace_parameter
 from fouroversix_plugin.kernels import select
 from fouroversix_plugin.kernels.ops import PreparedWeight, prepare_weight
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
-from fouroversix_plugin.recipe import BLOCK_SIZE, Scheme
+from fouroversix_plugin.recipe import Scheme
 from fouroversix_plugin.serving import layer as neutral
 from fouroversix_plugin.weights import missing, quantize_weight, stored_weight
 
@@ -44,9 +44,15 @@ class _LinearMethod(LinearMethodBase):
         layer.logical_widths = output_partition_sizes
         layer.input_size_per_partition = input_size_per_partition
         layer.output_size_per_partition = sum(output_partition_sizes)
-        self._create(layer, input_size, params_dtype, extra_weight_attrs["weight_loader"])
+        shape = neutral.WeightShape(
+            rows=sum(output_partition_sizes),
+            columns=input_size_per_partition,
+            full_columns=input_size,
+            shards=len(output_partition_sizes),
+        )
+        self._create(layer, shape, params_dtype, extra_weight_attrs["weight_loader"])
 
-    def _create(self, layer: Any, input_size: int, dtype: torch.dtype, loader: Callable[..., Any]) -> None:
+    def _create(self, layer: Any, shape: neutral.WeightShape, dtype: torch.dtype, loader: Callable[..., Any]) -> None:
         raise NotImplementedError
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -70,23 +76,15 @@ class _LinearMethod(LinearMethodBase):
 class StoredLinearMethod(_LinearMethod):
     """Weights of a quantized checkpoint, under ModelOpt's names."""
 
-    def _create(self, layer: Any, input_size: int, dtype: torch.dtype, loader: Callable[..., Any]) -> None:
-        stored = neutral.StoredShape(
-            rows=layer.output_size_per_partition,
-            columns=layer.input_size_per_partition,
-            shards=len(layer.logical_widths),
-        )
-        for name, empty, columns in (
-            ("weight", stored.empty_packed(), input_size // 2),
-            ("weight_scale", stored.empty_block_scale(), input_size // BLOCK_SIZE),
-        ):
-            checked = neutral.checked_loader(loader, self.prefix, name, columns)
-            layer.register_parameter(
-                name, ModelWeightParameter(data=empty, input_dim=1, output_dim=0, weight_loader=checked)
-            )
-        checked = neutral.checked_loader(_fill_all_shards(loader), self.prefix, "weight_scale_2", None)
-        decode_scale = PerTensorScaleParameter(data=stored.empty_decode_scale(), weight_loader=checked)
-        layer.register_parameter("weight_scale_2", decode_scale)
+    def _create(self, layer: Any, shape: neutral.WeightShape, dtype: torch.dtype, loader: Callable[..., Any]) -> None:
+        for name, empty, columns in shape.stored():
+            if columns is None:
+                checked = neutral.checked_loader(_fill_all_shards(loader), self.prefix, name, columns)
+                parameter = PerTensorScaleParameter(data=empty, weight_loader=checked)
+            else:
+                checked = neutral.checked_loader(loader, self.prefix, name, columns)
+                parameter = ModelWeightParameter(data=empty, input_dim=1, output_dim=0, weight_loader=checked)
+            layer.register_parameter(name, parameter)
 
     def _quantized(self, layer: Any) -> NVFP4Tensor:
         return stored_weight(
@@ -117,13 +115,10 @@ class OnlineLinearMethod(_LinearMethod):
 
     uses_meta_device = True
 
-    def _create(self, layer: Any, input_size: int, dtype: torch.dtype, loader: Callable[..., Any]) -> None:
-        weight = torch.empty(
-            layer.output_size_per_partition, layer.input_size_per_partition, dtype=dtype, device="meta"
-        )
-        layer.register_parameter(
-            "weight", ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=loader)
-        )
+    def _create(self, layer: Any, shape: neutral.WeightShape, dtype: torch.dtype, loader: Callable[..., Any]) -> None:
+        weight = shape.full_precision(dtype)
+        parameter = ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=loader)
+        layer.register_parameter("weight", parameter)
         initialize_online_processing(layer)
         self.loads_weights = loads_weights()
 

@@ -14,9 +14,8 @@ from vllm.model_executor.model_loader.reload.layerwise import initialize_online_
 from vllm.model_executor.utils import set_weight_attrs
 
 from fouroversix_plugin.kernels import ops, select
-from fouroversix_plugin.kernels.ops import prepare_weight
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
-from fouroversix_plugin.recipe import BLOCK_SIZE, Scheme
+from fouroversix_plugin.recipe import Scheme
 from fouroversix_plugin.serving import layer as neutral
 from fouroversix_plugin.serving.vllm.linear import (
     DONE,
@@ -76,22 +75,17 @@ class _MoEMethod(FusedMoEMethodBase):
     ) -> None:
         inner = intermediate_size_per_partition
         full_inner = inner * self.moe.moe_parallel_config.tp_size
-        neutral.check_input_size(f"{self.prefix} (w13)", hidden_size, hidden_size)
-        neutral.check_input_size(f"{self.prefix} (w2)", inner, full_inner)
+        neutral.check_input_size(self.prefix, hidden_size, hidden_size)
+        neutral.check_input_size(self.prefix, inner, full_inner)
         self.report.expect(self.prefix)
-        # (rows on this rank, columns on this rank, columns in the checkpoint, decode scales an expert)
-        shapes = {"w13_": (2 * inner, hidden_size, hidden_size, 2), "w2_": (hidden_size, inner, full_inner, 1)}
-        for stem, shape in shapes.items():
-            self._create(layer, stem, num_experts, shape, params_dtype, extra_weight_attrs)
+        lead = (num_experts,)
+        w13 = neutral.WeightShape(2 * inner, hidden_size, hidden_size, shards=2, lead=lead)
+        w2 = neutral.WeightShape(hidden_size, inner, full_inner, shards=1, lead=lead)
+        self._create(layer, "w13_", w13, params_dtype, extra_weight_attrs)
+        self._create(layer, "w2_", w2, params_dtype, extra_weight_attrs)
 
     def _create(
-        self,
-        layer: Any,
-        stem: str,
-        experts: int,
-        shape: tuple[int, int, int, int],
-        dtype: torch.dtype,
-        attributes: dict[str, Any],
+        self, layer: Any, stem: str, shape: neutral.WeightShape, dtype: torch.dtype, attributes: dict[str, Any]
     ) -> None:
         raise NotImplementedError
 
@@ -100,7 +94,7 @@ class _MoEMethod(FusedMoEMethodBase):
             return
         w13, w2 = self._quantized(layer, "w13_"), self._quantized(layer, "w2_")
         select("moe", self.scheme.name, w13.shape, w13.device)
-        prepared = [prepare_weight(q, layer.params_dtype) for q in (w13, w2)]
+        prepared = [ops.prepare_weight(q, layer.params_dtype) for q in (w13, w2)]
         self.report.loaded(self.prefix, [w13, w2], prepared[0])
         install(layer, "w13_", prepared[0])
         install(layer, "w2_", prepared[1])
@@ -138,28 +132,15 @@ class StoredMoEMethod(_MoEMethod):
     """Experts of a quantized checkpoint, under ModelOpt's names."""
 
     def _create(
-        self,
-        layer: Any,
-        stem: str,
-        experts: int,
-        shape: tuple[int, int, int, int],
-        dtype: torch.dtype,
-        attributes: dict[str, Any],
+        self, layer: Any, stem: str, shape: neutral.WeightShape, dtype: torch.dtype, attributes: dict[str, Any]
     ) -> None:
-        rows, columns, full_columns, shards = shape
-        stored = neutral.StoredShape(rows, columns, shards, lead=(experts,))
-        for name, empty, stored_columns, kind in (
-            ("weight", stored.empty_packed(), full_columns // 2, None),
-            ("weight_scale", stored.empty_block_scale(), full_columns // BLOCK_SIZE, "block"),
-            ("weight_scale_2", stored.empty_decode_scale(), None, "tensor"),
-        ):
+        # vLLM's expert loader decides by this attribute how a scale is cut and where it goes.
+        kinds = {"weight": {}, "weight_scale": {"quant_method": "block"}, "weight_scale_2": {"quant_method": "tensor"}}
+        for name, empty, columns in shape.stored():
             parameter = torch.nn.Parameter(empty, requires_grad=False)
             layer.register_parameter(stem + name, parameter)
-            loader = neutral.checked_loader(attributes["weight_loader"], self.prefix, stem + name, stored_columns)
-            set_weight_attrs(parameter, {**attributes, "weight_loader": loader})
-            if kind is not None:
-                # vLLM's expert loader decides by this attribute how a scale is cut and where it goes.
-                set_weight_attrs(parameter, {"quant_method": kind})
+            loader = neutral.checked_loader(attributes["weight_loader"], self.prefix, stem + name, columns)
+            set_weight_attrs(parameter, {**attributes, **kinds[name], "weight_loader": loader})
 
     def _quantized(self, layer: Any, stem: str) -> NVFP4Tensor:
         packed, block_scale, decode_scale = (
@@ -181,20 +162,11 @@ class OnlineMoEMethod(_MoEMethod):
         self.loads_weights = loads_weights()
 
     def _create(
-        self,
-        layer: Any,
-        stem: str,
-        experts: int,
-        shape: tuple[int, int, int, int],
-        dtype: torch.dtype,
-        attributes: dict[str, Any],
+        self, layer: Any, stem: str, shape: neutral.WeightShape, dtype: torch.dtype, attributes: dict[str, Any]
     ) -> None:
-        rows, columns = shape[:2]
-        weight = torch.nn.Parameter(
-            torch.empty(experts, rows, columns, dtype=dtype, device="meta"), requires_grad=False
-        )
-        layer.register_parameter(f"{stem}weight", weight)
-        set_weight_attrs(weight, attributes)
+        parameter = torch.nn.Parameter(shape.full_precision(dtype), requires_grad=False)
+        layer.register_parameter(f"{stem}weight", parameter)
+        set_weight_attrs(parameter, attributes)
 
     def _quantized(self, layer: Any, stem: str) -> NVFP4Tensor:
         if self.loads_weights:
