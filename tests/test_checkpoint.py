@@ -53,7 +53,7 @@ def tiny_model() -> dict[str, dict[str, Tensor]]:
             f"{EXPERT}.w1.weight": randn(16, 32),
             f"{EXPERT}.w2.weight": randn(32, 16),
             f"{EXPERT}.w3.weight": randn(16, 32, times=0.5),
-            "model.layers.1.conv.weight": randn(4, 1, 16),
+            "model.layers.1.conv.weight": randn(4, 16, 3),  # no matrix, though its second dimension would do
         },
     }
 

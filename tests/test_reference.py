@@ -223,6 +223,24 @@ def test_bytes_of_the_pseudo_code(recipe: Recipe, magnitude: float) -> None:
     assert list(zip(codes, q.block_scale[0].float().tolist(), strict=True)) == expected
 
 
+@pytest.mark.parametrize("recipe", **by_key)
+def test_bytes_of_the_pseudo_code_where_only_rounding_decides(recipe: Recipe) -> None:
+    # Multiples of half a grid step tie exactly between the candidates, and block scales halfway between two E4M3
+    # numbers between those: what wins is what the order of the operations makes of it.
+    generator = torch.Generator().manual_seed(12)
+    numbers = torch.arange(0x10, 0x72, dtype=torch.uint8).view(E4M3).float()
+    scales = torch.cat([numbers, (numbers[1:] + numbers[:-1]) / 2])
+    for amax in torch.tensor([3.7, 1.1, 0.3]):
+        steps = torch.randint(-12, 13, (len(scales), 16), generator=generator) / 2
+        steps[:, 0] = 6
+        steps[:, 4:] *= torch.arange(len(scales))[:, None] % 2  # few values tie more often
+        x = steps * scales[:, None] * (amax / recipe.amax_code)
+        assert x.abs().max() < amax
+        q = reference.quantize(x, recipe, amax=amax)
+        expected = [by_pseudo_code(block, amax.numpy()[()], recipe) for block in x.numpy()]
+        assert list(zip(unpack(q.packed).tolist(), q.block_scale[:, 0].float().tolist(), strict=True)) == expected
+
+
 # --- the ends of the range ---
 
 
