@@ -35,6 +35,10 @@ _FUSED: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1"
 """Projections that engines merge into one layer: they share one amax, so that the merged layer has one scale."""
 
 
+_SMALLEST_AMAX: Final = 1e-34
+"""Below it the fp32 decode scale would be subnormal."""
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read or written: what, where, got, needed."""
 
@@ -59,7 +63,7 @@ class Checkpoint:
         index = folder / INDEX
         if index.exists():
             listed = _read_json(index).get("weight_map")
-            if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+            if not isinstance(listed, dict) or not listed or not all(isinstance(n, str) for n in listed.values()):
                 raise CheckpointError(f"{index}: got no usable `weight_map`, needed tensor names to file names")
             names = sorted(set(listed.values()))
         elif (folder / _SINGLE).exists():
@@ -118,15 +122,18 @@ def quantize_checkpoint(
         raise CheckpointError(f"{target}: exists already; name another folder or remove it")
     if source.resolve() in target.resolve().parents:
         raise CheckpointError(f"{target}: lies inside the source; name a folder outside of {source}")
-    with _partial_folder(target) as partial:
-        scheme = _write(checkpoint, partial, scheme, progress)
-        partial.rename(target)
+    try:
+        with _partial_folder(target) as partial:
+            scheme = _write(checkpoint, partial, scheme, progress)
+            partial.rename(target)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{target}: cannot be written from {source}: {error}") from error
     return scheme
 
 
 @contextmanager
 def _partial_folder(target: Path) -> Iterator[Path]:
-    """An empty ``target.partial`` for one process alone; removed, unless renamed by then, however the block ends."""
+    """An empty ``target.partial`` for one process alone, which renames it; removed if that fails."""
     partial = target.with_name(target.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(partial, os.O_RDONLY)
@@ -139,8 +146,9 @@ def _partial_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         try:
             yield partial
-        finally:
+        except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
+            raise
     finally:
         os.close(descriptor)
 
@@ -151,6 +159,7 @@ def _write(checkpoint: Checkpoint, folder: Path, scheme: Scheme, progress: Calla
     scheme = replace(scheme, ignore=scheme.ignore + left_alone, producer=producer)
     weight_map: dict[str, str] = {}
     total = 0
+    mode = _mode_of_new_files(folder)
     for file in sorted(set(checkpoint.files.values())):
         shard: dict[str, Tensor] = {}
         for name, tensor in checkpoint.tensors(file):
@@ -161,7 +170,7 @@ def _write(checkpoint: Checkpoint, folder: Path, scheme: Scheme, progress: Calla
                 shard[name] = tensor
             progress(name)
         save_file(shard, folder / file, metadata={"format": "pt"})
-        _follow_umask(folder / file)
+        (folder / file).chmod(mode)
         weight_map |= dict.fromkeys(shard, file)
         total += sum(tensor.nbytes for tensor in shard.values())
     if set(weight_map.values()) != {_SINGLE}:
@@ -181,24 +190,48 @@ def _write(checkpoint: Checkpoint, folder: Path, scheme: Scheme, progress: Calla
 def _shared_amax(checkpoint: Checkpoint, scheme: Scheme) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The amax of every group of projections that share one, and the linear modules whose K rules them out."""
     amax: dict[str, Tensor] = {}
+    quantized: dict[str, list[str]] = {}
+    others: dict[str, list[str]] = {}
     left_alone = []
     for file in sorted(set(checkpoint.files.values())):
         for name, tensor in checkpoint.tensors(file):
             module = name.removesuffix(".weight")
             if _is_quantized(name, tensor.shape, scheme):
                 if tensor.dtype not in FULL_PRECISION:
-                    raise CheckpointError(f"{name}: got {tensor.dtype}, needed full-precision weights")
+                    needed = ", ".join(str(dtype) for dtype in FULL_PRECISION)
+                    raise CheckpointError(
+                        f"{name}: got {tensor.dtype}, needed one of {needed}: it is quantized already"
+                    )
                 group = _group(module)
                 own = row_amax(tensor.flatten())
                 amax[group] = torch.maximum(amax[group], own) if group in amax else own
-            elif module != name and tensor.ndim == 2 and not scheme.ignores(module):
-                left_alone.append(module)
+                quantized.setdefault(group, []).append(module)
+            elif module != name and tensor.ndim == 2:
+                others.setdefault(_group(module), []).append(module)
+                if not scheme.ignores(module):
+                    left_alone.append(module)
+            elif tensor.ndim == 3 and ".experts." in name and not scheme.ignores(name):
+                raise CheckpointError(
+                    f"{name}: got experts stacked in one tensor {tuple(tensor.shape)}, needed one each; add it "
+                    "to `ignore`, or quantize while serving"
+                )
+    for group in quantized.keys() & others.keys():
+        raise CheckpointError(
+            f"{others[group][0]}: left alone, but {quantized[group][0]} is quantized; engines fuse them into one "
+            "layer: ignore all of its parts or none"
+        )
+    for group, largest in amax.items():
+        if 0 < largest < _SMALLEST_AMAX:
+            raise CheckpointError(
+                f"{quantized[group][0]}: got an amax of {largest:.3g}, needed {_SMALLEST_AMAX:.3g} or 0"
+            )
     return amax, tuple(left_alone)
 
 
 def _is_quantized(name: str, shape: torch.Size, scheme: Scheme) -> bool:
     module = name.removesuffix(".weight")
-    return module != name and len(shape) == 2 and shape[1] % BLOCK_SIZE == 0 and not scheme.ignores(module)
+    fits = len(shape) == 2 and shape.numel() > 0 and shape[1] % BLOCK_SIZE == 0
+    return module != name and fits and not scheme.ignores(module)
 
 
 def _group(module: str) -> str:
@@ -251,8 +284,10 @@ def _open(folder: Path, file: str) -> Any:
         raise CheckpointError(f"{folder / file}: not a readable safetensors file: {error}") from error
 
 
-def _follow_umask(path: Path) -> None:
-    """safetensors writes files for their owner only; give them the permissions any new file has."""
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
+def _mode_of_new_files(folder: Path) -> int:
+    """What the umask gives a new file: safetensors writes files for their owner only."""
+    probe = folder / "mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    return mode

@@ -1,4 +1,4 @@
-"""The public functions: arguments checked, a backend chosen, any leading dimensions."""
+"""The public functions: arguments checked, a backend chosen, any leading dimensions. For inference: no gradients."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ _CODE_OF_SIX: Final = 7
 ScaleLayout = Literal["row_major", "128x4", "8x4"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class NVFP4Tensor:
     """A quantized tensor of logical shape [..., M, K]; leading dimensions are experts.
 

@@ -56,13 +56,13 @@ class Recipe:
         _one_of("error", self.error, get_args(ErrorDomain))
 
     @property
-    def amax_code(self) -> float:
-        """The largest representable e2m1 * block_scale product that the amax maps to (1536 or 2688)."""
+    def encoded_amax(self) -> float:
+        """The e2m1 * block_scale product that the amax maps to: scale_max * 6 (1536 or 2688)."""
         return self.scale_max * E2M1_MAX
 
     @property
     def largest_block_scale(self) -> float:
-        """The largest E4M3 block scale this recipe can produce (384 for an adaptive 256, else ``scale_max``)."""
+        """The largest E4M3 block scale of a tensor scaled for its own amax (384 for an adaptive 256)."""
         return min(self.scale_max * 1.5, E4M3_MAX) if self.adaptive else float(self.scale_max)
 
     @property

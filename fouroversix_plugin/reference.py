@@ -81,7 +81,7 @@ def row_amax(x: Tensor) -> Tensor:
 
 def global_scales(amax: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
     """The encode scale (R * 6) / amax and its reciprocal, the decode scale, of finite fp32 ``amax``."""
-    enc = _constant(recipe.amax_code, amax) / amax
+    enc = _constant(recipe.encoded_amax, amax) / amax
     enc = enc.clamp(max=_FLT_MAX)
     enc = torch.where((amax == 0) | (enc == 0), 1.0, enc)
     return enc, _constant(1.0, amax) / enc
@@ -116,7 +116,7 @@ def _error(codes: Tensor, sf: Tensor, x: Tensor, A: Tensor, enc: Tensor, dec: Te
     """Error [M, C, 1] of one candidate, summed from column 0 to 15 in this order."""
     q = e2m1_values(codes)
     if recipe.error == "amax":
-        d = ((q * sf) * A) / _constant(recipe.amax_code, x) - x
+        d = ((q * sf) * A) / _constant(recipe.encoded_amax, x) - x
     elif recipe.error == "decode_scale":
         d = (q * sf) * dec - x
     else:

@@ -46,15 +46,15 @@ def quantize_weight(
     if weight.dtype not in FULL_PRECISION:
         needed = ", ".join(str(dtype) for dtype in FULL_PRECISION)
         raise ValueError(f"{name}.weight: got {weight.dtype}, needed one of {needed}; it is quantized already")
-    amax = row_amax(weight.flatten(-2))
-    if not bool(amax.isfinite().all()):
+    own = row_amax(weight.flatten(-2))
+    # Before the check: a rank that stopped here would leave the others waiting for it.
+    amax = own if reduce_max is None else reduce_max(own.clone())
+    if not bool(own.isfinite().all()):
         bad = (~weight.isfinite()).nonzero()
         raise ValueError(
             f"{name}.weight: got {len(bad)} NaN or infinite values, the first at {tuple(bad[0].tolist())}, needed "
             "finite weights; the checkpoint is damaged, or its values do not fit its dtype"
         )
-    if reduce_max is not None:
-        amax = reduce_max(amax)
     matrices = weight.reshape(-1, *weight.shape[-2:])
     parts = [_quantize_matrix(matrix, recipe, a) for matrix, a in zip(matrices, amax.reshape(-1), strict=True)]
     if weight.ndim == 2:

@@ -259,7 +259,7 @@ def summarize(results: list[Result]) -> None:
 
 
 def keep(server: Server) -> None:
-    body = '{"model": "%s", "messages": [{"role": "user", "content": "%s"}]}'
+    body = '{"model": "%s", "temperature": 0, "max_tokens": 64, "messages": [{"role": "user", "content": "%s"}]}'
     body %= (server.model.relative_to(ROOT), QUESTIONS[0])
     print(
         f"\nThe server stays. Ask it:\n$ curl {server.url}/v1/chat/completions -H 'Content-Type: application/json' \\"

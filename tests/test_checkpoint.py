@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -475,3 +476,30 @@ def test_leftovers_of_a_killed_conversion_do_not_get_in(source: Path, tmp_path: 
     quantize_checkpoint(source, tmp_path / "out", SCHEME)
     assert not partial.exists()
     assert "model-00009-of-00009.safetensors" not in {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_a_group_that_engines_fuse_is_not_quantized_in_part(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"q_proj: left alone, but .* ignore all of its parts or none"):
+        quantize_checkpoint(source, tmp_path / "out", replace(SCHEME, ignore=(*SCHEME.ignore, "*.q_proj")))
+    assert list(tmp_path.glob("out*")) == []
+
+
+def test_stacked_experts_are_not_passed_over_in_silence(tmp_path: Path) -> None:
+    files = tiny_model()
+    stacked = "model.layers.0.mlp.experts.gate_up_proj"
+    files["model-00002-of-00002.safetensors"][stacked] = torch.ones(4, 32, 16, dtype=torch.bfloat16)
+    source = write(tmp_path / "source", files)
+    refuse(source, rf"{stacked.replace('.', '[.]')}: got experts stacked in one tensor \(4, 32, 16\)")
+    quantize_checkpoint(source, tmp_path / "out", replace(SCHEME, ignore=(*SCHEME.ignore, "*.experts.*")))
+
+
+def test_a_weight_too_small_to_be_loaded_again_is_refused(tmp_path: Path) -> None:
+    files = tiny_model()
+    files["model-00002-of-00002.safetensors"][f"{MLP}.down_proj.weight"].fill_(1e-36)
+    refuse(write(tmp_path / "source", files), r"down_proj: got an amax of .*, needed 1e-34 or 0")
+
+
+def test_a_target_that_cannot_be_made_is_one_clear_error(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        quantize_checkpoint(source, tmp_path / "file" / "out", SCHEME)

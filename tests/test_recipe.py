@@ -264,7 +264,7 @@ def test_operators_receive_the_recipe_that_was_sent() -> None:
     ],
 )
 def test_range_numbers(recipe: Recipe, code: float, scale: float) -> None:
-    assert (recipe.amax_code, recipe.largest_block_scale) == (code, scale)
+    assert (recipe.encoded_amax, recipe.largest_block_scale) == (code, scale)
 
 
 # --- ignore ---

@@ -234,7 +234,7 @@ def test_bytes_of_the_pseudo_code_where_only_rounding_decides(recipe: Recipe) ->
         steps = torch.randint(-12, 13, (len(scales), 16), generator=generator) / 2
         steps[:, 0] = 6
         steps[:, 4:] *= torch.arange(len(scales))[:, None] % 2  # few values tie more often
-        x = steps * scales[:, None] * (amax / recipe.amax_code)
+        x = steps * scales[:, None] * (amax / recipe.encoded_amax)
         assert x.abs().max() < amax
         q = reference.quantize(x, recipe, amax=amax)
         expected = [by_pseudo_code(block, amax.numpy()[()], recipe) for block in x.numpy()]

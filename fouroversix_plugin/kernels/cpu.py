@@ -132,7 +132,7 @@ def _errors(
     """Errors [2, B] of both candidates [16, 2, B], summed from column 0 to 15 in this order."""
     d = q * sf
     if recipe.error == "amax":
-        d.mul_(amax).div_(torch.tensor(recipe.amax_code, dtype=torch.float32)).sub_(magnitude.unsqueeze(1))
+        d.mul_(amax).div_(torch.tensor(recipe.encoded_amax, dtype=torch.float32)).sub_(magnitude.unsqueeze(1))
     elif recipe.error == "decode_scale":
         d.mul_(decode).sub_(magnitude.unsqueeze(1))
     else:

@@ -218,10 +218,10 @@ def _linear(
 def _moe(
     x: Tensor,
     w13: Tensor,
-    w13_block_scale: Tensor,
+    w13_block_scale: Tensor | None,
     w13_decode_scale: Tensor,
     w2: Tensor,
-    w2_block_scale: Tensor,
+    w2_block_scale: Tensor | None,
     w2_decode_scale: Tensor,
     topk_weights: Tensor,
     topk_ids: Tensor,
@@ -229,6 +229,8 @@ def _moe(
     activation: str,
     apply_router_weight_on_input: bool,
 ) -> Tensor:
+    if w13_block_scale is None or w2_block_scale is None:
+        raise ValueError(f"moe: got expanded experts on {x.device}, needed packed ones; only the CPU expands them")
     return reference.moe(
         x,
         _tensor(w13, w13_block_scale, w13_decode_scale),
