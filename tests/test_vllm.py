@@ -94,6 +94,7 @@ def smollm2(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
             f"{kind} stored W4A4": {"model": str(w4a4), "capture": [f"{LAYER}.{name}" for name in names]},
         }
     jobs["dense online W4A4"] = {"model": str(models[0]), "options": {"quantization": "nvfp4_4over6"}}
+    jobs["dense dummy"] = {"model": str(models[0]), "options": {**options("w4a16"), "load_format": "dummy"}}
     jobs["dense ignoring"] = {
         "model": str(models[0]),
         "options": options("w4a16", ignore=["lm_head", "model.layers.[0-4].self_attn.[qkv]_proj", "*.gate_up_proj"]),
@@ -198,6 +199,10 @@ def stacked(parts: list[fos.NVFP4Tensor]) -> fos.NVFP4Tensor:
 
 def test_online_loading_holds_the_whole_model_in_full_precision(smollm2: dict[str, Any]) -> None:
     assert smollm2["dense online"]["most_held"] == 1
+
+
+def test_random_weights_for_benchmarks_are_taken_for_an_incomplete_checkpoint(smollm2: dict[str, Any]) -> None:
+    assert flat(smollm2["dense dummy"]).isfinite().all()
 
 
 def test_log_does_not_say_what_was_loaded(smollm2: dict[str, Any]) -> None:
@@ -353,6 +358,7 @@ BAD_CONFIGS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], tuple[str, ..
 BAD_OPTIONS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "unknown preset": ("bf16", options("mystery"), ("recipe: got 'mystery'", "'w4a16'")),
     "other weights than stored": ("w4a16", options("nvfp4"), ("weights were quantized with mse 256 amax",)),
+    "random bytes for stored weights": ("w4a16", {"load_format": "dummy"}, ("got --load-format dummy",)),
     "part of a fused layer ignored": (
         "bf16",
         options("w4a16", ignore=["*.q_proj"]),

@@ -1,8 +1,9 @@
 """What every engine needs of a quantized layer, without knowing an engine.
 
-A layer's life: its shape is checked when it is created; its parameters are filled from a checkpoint
-(:class:`StoredLayer`, :func:`stored_weight`) or its full-precision weight is quantized (:func:`quantize_weight`); the
-result is prepared for the device once (:func:`fouroversix_plugin.kernels.ops.prepare_weight`); then it is applied.
+A layer's life: its shape is checked when it is created (:func:`check_input_size`); its parameters are filled from a
+checkpoint (:class:`WeightShape`, :func:`checked_loader`) and checked, or its full-precision weight is quantized (both:
+:mod:`fouroversix_plugin.weights`); the result is prepared for the device once
+(:func:`fouroversix_plugin.kernels.ops.prepare_weight`); then it is applied.
 
 Every error names the layer, what was got, what was needed and what to do.
 """

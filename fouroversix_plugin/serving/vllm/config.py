@@ -60,7 +60,7 @@ class FourOverSixConfig(QuantizationConfig):
         on_disk = get_hf_file_to_dict("config.json", model_name, revision)
         if on_disk is None:
             raise ValueError(f"{model_name}: config.json not found, needed to see how the weights are stored")
-        block = on_disk.get("quantization_config") or on_disk.get("text_config", {}).get("quantization_config")
+        block = on_disk.get("quantization_config") or (on_disk.get("text_config") or {}).get("quantization_config")
         if block is None:
             self.stored = False
             return

@@ -77,6 +77,7 @@ class StoredLinearMethod(_LinearMethod):
     """Weights of a quantized checkpoint, under ModelOpt's names."""
 
     def _create(self, layer: Any, shape: neutral.WeightShape, dtype: torch.dtype, loader: Callable[..., Any]) -> None:
+        check_loads_weights(self.prefix)
         for name, empty, columns in shape.stored():
             if columns is None:
                 checked = neutral.checked_loader(_fill_all_shards(loader), self.prefix, name, columns)
@@ -133,6 +134,15 @@ def loads_weights() -> bool:
     """Whether weights come from a checkpoint; ``--load-format dummy`` fills the memory itself. Known while building."""
     load_format: object = get_current_vllm_config().load_config.load_format
     return load_format != "dummy"
+
+
+def check_loads_weights(name: str) -> None:
+    """Refuse to fill a stored weight with random bytes, which are no block scales."""
+    if not loads_weights():
+        raise ValueError(
+            f"{name}: got --load-format dummy for a quantized checkpoint, needed its weights; use a full-precision "
+            "config.json with --quantization nvfp4_4over6, whose random weights are quantized"
+        )
 
 
 def check_all_loaded(layer: Any, name: str, values: int) -> None:

@@ -20,6 +20,7 @@ from fouroversix_plugin.serving import layer as neutral
 from fouroversix_plugin.serving.vllm.linear import (
     DONE,
     check_all_loaded,
+    check_loads_weights,
     install,
     installed,
     loads_weights,
@@ -134,6 +135,7 @@ class StoredMoEMethod(_MoEMethod):
     def _create(
         self, layer: Any, stem: str, shape: neutral.WeightShape, dtype: torch.dtype, attributes: dict[str, Any]
     ) -> None:
+        check_loads_weights(self.prefix)
         # vLLM's expert loader decides by this attribute how a scale is cut and where it goes.
         kinds = {"weight": {}, "weight_scale": {"quant_method": "block"}, "weight_scale_2": {"quant_method": "tensor"}}
         for name, empty, columns in shape.stored():
