@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_close, assert_same_bytes, assert_same_tensor, mixed_magnitudes
+from conftest import assert_close, assert_same_bytes, assert_same_tensor, calc_diff, mixed_magnitudes
 from torch import Tensor
 
 import fouroversix_plugin as fos
@@ -441,3 +441,21 @@ def test_global_expert_ids_become_this_ranks(dtype: torch.dtype) -> None:
     ids = torch.tensor([[0, 2], [3, 1], [-1, 3]], dtype=dtype)
     assert local_expert_ids(ids, expert_map).tolist() == [[-1, 0], [1, -1], [-1, 1]]
     assert local_expert_ids(ids, None) is ids
+
+
+def test_the_recipe_of_the_weights_does_not_reach_the_activations() -> None:
+    of_weights, of_activations = Recipe("mae", 448, error="decode_scale"), Recipe("mse", 256)
+    x, weight = randn(8, 512), randn(48, 512, seed=1)
+    q = quantize_weight("layer", weight, of_weights)
+    y = apply_linear(x, ops.prepare_weight(q, torch.float32), of_activations, None)
+
+    def expected(weights: Recipe, activations: Recipe) -> Tensor:
+        return reference.linear(x, reference.quantize(weight, weights), activations)
+
+    assert_close(y, expected(of_weights, of_activations), 1e-12, 1e-6)
+    for weights, activations in (
+        (of_activations, of_weights),
+        (of_weights, of_weights),
+        (of_activations, of_activations),
+    ):
+        assert calc_diff(y, expected(weights, activations)) > 1e-5
