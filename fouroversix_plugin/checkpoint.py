@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,7 +26,7 @@ from fouroversix_plugin import __version__
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
 from fouroversix_plugin.recipe import BLOCK_SIZE, Scheme
 from fouroversix_plugin.reference import row_amax
-from fouroversix_plugin.weights import FULL_PRECISION, quantize_weight
+from fouroversix_plugin.weights import check_full_precision, quantize_weight
 
 INDEX: Final = "model.safetensors.index.json"
 _SINGLE: Final = "model.safetensors"
@@ -165,7 +166,9 @@ def _write(checkpoint: Checkpoint, folder: Path, scheme: Scheme, progress: Calla
         for name, tensor in checkpoint.tensors(file):
             module = name.removesuffix(".weight")
             if _is_quantized(name, tensor.shape, scheme):
-                shard |= _stored(module, _quantize(module, tensor, scheme, amax[_group(module)]))
+                with _as_checkpoint_error():
+                    q = quantize_weight(module, tensor, scheme.weights, partial(torch.maximum, amax[_group(module)]))
+                shard |= _stored(module, q)
             else:
                 shard[name] = tensor
             progress(name)
@@ -197,11 +200,8 @@ def _shared_amax(checkpoint: Checkpoint, scheme: Scheme) -> tuple[dict[str, Tens
         for name, tensor in checkpoint.tensors(file):
             module = name.removesuffix(".weight")
             if _is_quantized(name, tensor.shape, scheme):
-                if tensor.dtype not in FULL_PRECISION:
-                    needed = ", ".join(str(dtype) for dtype in FULL_PRECISION)
-                    raise CheckpointError(
-                        f"{name}: got {tensor.dtype}, needed one of {needed}: it is quantized already"
-                    )
+                with _as_checkpoint_error():
+                    check_full_precision(name, tensor.dtype)
                 group = _group(module)
                 own = row_amax(tensor.flatten())
                 amax[group] = torch.maximum(amax[group], own) if group in amax else own
@@ -240,9 +240,10 @@ def _group(module: str) -> str:
     return f"{parent}.{'+'.join(siblings)}"
 
 
-def _quantize(module: str, weight: Tensor, scheme: Scheme, amax: Tensor) -> NVFP4Tensor:
+@contextmanager
+def _as_checkpoint_error() -> Iterator[None]:
     try:
-        return quantize_weight(module, weight, scheme.weights, lambda own: torch.maximum(own, amax))
+        yield
     except ValueError as error:
         raise CheckpointError(str(error)) from error
 

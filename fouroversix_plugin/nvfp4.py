@@ -6,7 +6,7 @@ value = e2m1 * block_scale * decode_scale. Two e2m1 codes a byte (even column in
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -83,6 +83,14 @@ class NVFP4Tensor:
         if self.decode_scale.ndim == self.packed.ndim - 1:
             return self.decode_scale
         return self.decode_scale.unsqueeze(-1).expand(self.packed.shape[:-1])
+
+    @staticmethod
+    def stack(parts: Sequence[NVFP4Tensor]) -> NVFP4Tensor:
+        """Matrices of one shape as the experts of one tensor."""
+        # As bytes: stacking needs to know nothing of float8.
+        scales = torch.stack([part.block_scale.view(torch.uint8) for part in parts]).view(torch.float8_e4m3fn)
+        packed, decode_scale = torch.stack([p.packed for p in parts]), torch.stack([p.decode_scale for p in parts])
+        return NVFP4Tensor(packed, scales, decode_scale)
 
     def to(self, device: torch.device | str) -> NVFP4Tensor:
         return self._map(lambda tensor: tensor.to(device))

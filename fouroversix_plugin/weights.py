@@ -16,7 +16,7 @@ from fouroversix_plugin.nvfp4 import NVFP4Tensor
 from fouroversix_plugin.recipe import Recipe
 from fouroversix_plugin.reference import row_amax
 
-FULL_PRECISION: Final = (torch.bfloat16, torch.float16, torch.float32)
+_FULL_PRECISION: Final = (torch.bfloat16, torch.float16, torch.float32)
 
 UNLOADED_CODES: Final = 0x88
 """A byte of packed weights that were never loaded: -0.0 twice. A quantizer writes it where two small negatives round to
@@ -26,6 +26,13 @@ E4M3_NAN: Final = 0x7F
 """A block scale that was never loaded, too."""
 
 _E4M3_SIGN = 0x80
+
+
+def check_full_precision(name: str, dtype: torch.dtype) -> None:
+    """Raise ValueError unless the tensor ``name`` is bf16, fp16 or fp32: codes are no weights to be quantized."""
+    if dtype not in _FULL_PRECISION:
+        needed = ", ".join(str(accepted) for accepted in _FULL_PRECISION)
+        raise ValueError(f"{name}: got {dtype}, needed one of {needed}; it is quantized already")
 
 
 def quantize_weight(
@@ -43,9 +50,7 @@ def quantize_weight(
     Raises:
         ValueError: another dtype, or NaN or infinity in the weight; the message counts them and names the first.
     """
-    if weight.dtype not in FULL_PRECISION:
-        needed = ", ".join(str(dtype) for dtype in FULL_PRECISION)
-        raise ValueError(f"{name}.weight: got {weight.dtype}, needed one of {needed}; it is quantized already")
+    check_full_precision(f"{name}.weight", weight.dtype)
     own = row_amax(weight.flatten(-2))
     # Before the check: a rank that stopped here would leave the others waiting for it.
     amax = own if reduce_max is None else reduce_max(own.clone())
@@ -57,13 +62,7 @@ def quantize_weight(
         )
     matrices = weight.reshape(-1, *weight.shape[-2:])
     parts = [_quantize_matrix(matrix, recipe, a) for matrix, a in zip(matrices, amax.reshape(-1), strict=True)]
-    if weight.ndim == 2:
-        return parts[0]
-    return NVFP4Tensor(
-        torch.stack([part.packed for part in parts]),
-        torch.stack([part.block_scale.view(torch.uint8) for part in parts]).view(torch.float8_e4m3fn),
-        torch.stack([part.decode_scale for part in parts]),
-    )
+    return parts[0] if weight.ndim == 2 else NVFP4Tensor.stack(parts)
 
 
 def _quantize_matrix(matrix: Tensor, recipe: Recipe, amax: Tensor) -> NVFP4Tensor:

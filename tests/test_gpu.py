@@ -59,19 +59,10 @@ def test_gpu_experts_differ_from_the_cpu_reference(activations: fos.Recipe | Non
     torch.manual_seed(0)
     x, routes = torch.randn(17, 64), torch.randn(17, 6).topk(3)
     w13, w2 = (torch.stack([torch.randn(rows, columns) for _ in range(6)]) for rows, columns in ((64, 64), (64, 32)))
-    q13, q2 = (fos.NVFP4Tensor(*_stacked(w)) for w in (w13, w2))
+    q13, q2 = (fos.NVFP4Tensor.stack([fos.quantize(part) for part in w]) for w in (w13, w2))
     ids = routes.indices.clone()
     ids[3, 1] = -1
     weights = routes.values.softmax(-1)
     y = fos.moe(x.cuda(), q13.to("cuda"), q2.to("cuda"), weights.cuda(), ids.cuda(), activations)
     expected = reference.moe(x, q13, q2, weights, ids, activations)
     assert_close(y.cpu(), expected, diff=1e-5 if activations is None else 1e-3, ratio=1e-2)
-
-
-def _stacked(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    parts = [fos.quantize(weight) for weight in weights]
-    return (
-        torch.stack([q.packed for q in parts]),
-        torch.stack([q.block_scale.view(torch.uint8) for q in parts]).view(torch.float8_e4m3fn),
-        torch.stack([q.decode_scale for q in parts]),
-    )

@@ -171,8 +171,8 @@ def test_served_w4a4_experts_are_not_the_reference(smollm2: dict[str, Any]) -> N
     tensors = load_file(smollm2["folder"] / "moe-w4a4" / "model.safetensors")
     name = f"{LAYER}.block_sparse_moe.experts"
     experts = [[stored(tensors, f"{name}.{e}.{w}") for w in ("w1", "w3", "w2")] for e in range(16)]
-    w13 = stacked([concatenated(w1, w3) for w1, w3, _ in experts])
-    w2 = stacked([w2 for _, _, w2 in experts])
+    w13 = fos.NVFP4Tensor.stack([concatenated(w1, w3) for w1, w3, _ in experts])
+    w2 = fos.NVFP4Tensor.stack([w2 for _, _, w2 in experts])
     x, y = captured[f"{name}/x"], captured[f"{name}/y"]
     weights, ids = captured[f"{name}/topk_weights"], captured[f"{name}/topk_ids"]
     assert len(ids.unique()) > 8, "every token went to the same experts: routing was not exercised"
@@ -188,13 +188,6 @@ def stored(tensors: dict[str, torch.Tensor], module: str) -> fos.NVFP4Tensor:
 def concatenated(a: fos.NVFP4Tensor, b: fos.NVFP4Tensor) -> fos.NVFP4Tensor:
     scales = torch.cat([a.block_scale.view(torch.uint8), b.block_scale.view(torch.uint8)]).view(torch.float8_e4m3fn)
     return fos.NVFP4Tensor(torch.cat([a.packed, b.packed]), scales, torch.cat([a.row_decode_scale, b.row_decode_scale]))
-
-
-def stacked(parts: list[fos.NVFP4Tensor]) -> fos.NVFP4Tensor:
-    scales = torch.stack([p.block_scale.view(torch.uint8) for p in parts]).view(torch.float8_e4m3fn)
-    return fos.NVFP4Tensor(
-        torch.stack([p.packed for p in parts]), scales, torch.stack([p.row_decode_scale for p in parts])
-    )
 
 
 def test_online_loading_holds_the_whole_model_in_full_precision(smollm2: dict[str, Any]) -> None:
