@@ -189,7 +189,7 @@ def parts(q: NVFP4Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def ops_quantize_values(x: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    values, token_scale = torch.ops.fouroversix.quantize_values(x, recipe.key)
+    values, token_scale = torch.ops.fouroversix.quantize_values(x, None, recipe.key)
     return values, token_scale
 
 
@@ -361,8 +361,8 @@ def test_quantize_operators_keep_their_schemas_and_fakes(shape: tuple[int, int],
     check("quantize", x, None, "tensor", Recipe().key)
     check("quantize", x.t().contiguous().t(), None, "token", Recipe().key)
     check("quantize", x, torch.tensor(4.0), "tensor", Recipe(scale_max=448).key)
-    check("quantize_values", x, Recipe().key)
-    check("quantize_values", x.t().contiguous().t(), Recipe().key)
+    check("quantize_values", x, None, Recipe().key)
+    check("quantize_values", x.t().contiguous().t(), torch.tensor(2.0), Recipe().key)
     q = reference.quantize(x, Recipe(), "token")
     check("dequantize", q.packed, q.block_scale.view(torch.uint8), q.decode_scale, dtype)
 
@@ -460,7 +460,7 @@ def test_the_named_backend_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     x, w = torch.ones(2, 32), weight(16, 32)
     with monkeypatch.context() as patch:
-        patch.setattr(cpu, "_round_blocks", refuse)
+        patch.setattr(cpu, "quantize", refuse)
         patch.setattr(cpu, "unscaled", refuse)
         fos.linear(x, fos.quantize(x, backend="reference"), Recipe(), backend="reference")
         with pytest.raises(AssertionError, match="the other backend ran"):
