@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from fouroversix_plugin import reference
-from fouroversix_plugin.kernels import cpu, reference_operators
+from fouroversix_plugin.kernels import cpu, cuda, reference_operators
 from fouroversix_plugin.nvfp4 import NVFP4Tensor, ScaleLayout, padded_scale_shape
 from fouroversix_plugin.recipe import BLOCK_SIZE, Granularity, Recipe
 
@@ -200,6 +200,7 @@ def _register(key: str, backend: _Quantizer) -> None:
 
 
 _register("CPU", cpu)
+_register("CUDA", cuda)
 _register("CompositeExplicitAutograd", reference_operators)
 
 

@@ -1,0 +1,605 @@
+// The quantizer for GPUs (sm_80 and up): a thread takes a block of 16 values, a group of threads a row.
+//
+// Compiled with FOS_DTYPE = bf16, fp16 or fp32, the type of the input, and -fmad=false: only what is written as fmaf is
+// fused, and only where it is exact or where no byte depends on it.
+//
+// How the choice between 4 and 6 stays byte-exact at a third of the instructions. Errors decide one comparison, so they
+// need not be the specification's, only near enough: a block's two errors are first computed with fused operations, in
+// any order, in one domain for all three (`Filter`). Where they differ by more than both computations can be off, the
+// comparison has the same answer; where they do not (about one block in ten thousand of random ones, ties, and every
+// block outside the range that the bound was derived for), the block goes through nvfp4.cuh's choose_scales, which is
+// the specification. Rounding itself is exact on both ways.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp4.h>
+#include <cuda_fp8.h>
+
+#include <cstring>
+
+#include "cuda.h"
+
+// Conversions that only some chips have. The generic code beside each gives the same bits.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+#define FOS_NATIVE_FP8 1
+#endif
+#if defined(__CUDA_ARCH_FEAT_SM100_ALL) || defined(__CUDA_ARCH_FEAT_SM103_ALL) || \
+    defined(__CUDA_ARCH_FEAT_SM120_ALL) || defined(__CUDA_ARCH_FEAT_SM121_ALL)
+#define FOS_NATIVE_E2M1 1
+#endif
+
+#define FOS_PASTE_(a, b) a##b
+#define FOS_PASTE(a, b) FOS_PASTE_(a, b)
+#define FOS_ENTRY(name) FOS_PASTE(FOS_PASTE(name, _), FOS_DTYPE)
+
+namespace fos::cuda {
+namespace {
+
+constexpr Dtype kDtype = Dtype::FOS_DTYPE;
+constexpr int kWarp = 32;
+constexpr int kThreads = 256;     // of a CTA, unless a row alone has more to do
+constexpr int kMaxThreads = 512;  // of a CTA: 128 registers a thread
+
+// As bits(), for CUDA's pairs, which are not trivially copyable by the letter.
+template <class To, class From>
+__device__ __forceinline__ To pair_bits(From value) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &value, sizeof to);
+  return to;
+}
+
+// 16 values as they lie in memory: two to a word, even column low, or one.
+struct Raw {
+  static constexpr int kWords = kDtype == Dtype::fp32 ? 16 : 8;
+  uint32_t word[kWords];
+};
+
+constexpr uint32_t kSigns = kDtype == Dtype::fp32 ? kSign : 0x80008000u;  // of a word
+
+__device__ __forceinline__ Raw load(const void* x, int block) {
+  Raw raw;
+  const uint4* from = static_cast<const uint4*>(x) + block * (Raw::kWords / 4);
+#pragma unroll
+  for (int i = 0; i < Raw::kWords / 4; ++i) {
+    const uint4 part = from[i];
+    raw.word[4 * i] = part.x, raw.word[4 * i + 1] = part.y, raw.word[4 * i + 2] = part.z, raw.word[4 * i + 3] = part.w;
+  }
+  return raw;
+}
+
+__device__ __forceinline__ void store(void* x, int block, const Raw& raw) {
+  uint4* to = static_cast<uint4*>(x) + block * (Raw::kWords / 4);
+#pragma unroll
+  for (int i = 0; i < Raw::kWords / 4; ++i) {
+    to[i] = make_uint4(raw.word[4 * i], raw.word[4 * i + 1], raw.word[4 * i + 2], raw.word[4 * i + 3]);
+  }
+}
+
+__device__ __forceinline__ void unpack(const Raw& raw, float (&x)[kBlock]) {
+#pragma unroll
+  for (int i = 0; i < Raw::kWords; ++i) {
+    if constexpr (kDtype == Dtype::fp32) {
+      x[i] = bits<float>(raw.word[i]);
+    } else if constexpr (kDtype == Dtype::bf16) {
+      x[2 * i] = bits<float>(raw.word[i] << 16), x[2 * i + 1] = bits<float>(raw.word[i] & 0xFFFF0000u);
+    } else {
+      const float2 pair = __half22float2(pair_bits<__half2>(raw.word[i]));
+      x[2 * i] = pair.x, x[2 * i + 1] = pair.y;
+    }
+  }
+}
+
+// Rounded to the type, to nearest.
+__device__ __forceinline__ Raw pack(const float (&x)[kBlock]) {
+  Raw raw;
+#pragma unroll
+  for (int i = 0; i < Raw::kWords; ++i) {
+    if constexpr (kDtype == Dtype::fp32) {
+      raw.word[i] = bits<uint32_t>(x[i]);
+    } else if constexpr (kDtype == Dtype::bf16) {
+      raw.word[i] = pair_bits<uint32_t>(__floats2bfloat162_rn(x[2 * i], x[2 * i + 1]));
+    } else {
+      raw.word[i] = pair_bits<uint32_t>(__floats2half2_rn(x[2 * i], x[2 * i + 1]));
+    }
+  }
+  return raw;
+}
+
+// The block's values without their signs.
+__device__ __forceinline__ Raw magnitudes(Raw raw) {
+#pragma unroll
+  for (int i = 0; i < Raw::kWords; ++i) raw.word[i] &= ~kSigns;
+  return raw;
+}
+
+// Largest of magnitudes as the bits of a float, in whose order NaN comes above infinity.
+__device__ __forceinline__ uint32_t largest_bits(const Raw& raw) {
+  uint32_t found = 0;  // 16-bit floats without their sign are ordered as integers too, two at a time
+#pragma unroll
+  for (int i = 0; i < Raw::kWords; ++i) {
+    found = kDtype == Dtype::fp32 ? max(found, raw.word[i]) : __vmaxu2(found, raw.word[i]);
+  }
+  if constexpr (kDtype == Dtype::fp32) return found;
+  found = max(found >> 16, found & 0xFFFFu);
+  return kDtype == Dtype::bf16 ? found << 16 : bits<uint32_t>(__half2float(__ushort_as_half(static_cast<unsigned short>(found))));
+}
+
+// The bytes with the signs of eight values from `first` on, in the bytes' top bits: even and odd columns.
+__device__ __forceinline__ void sign_bytes(const Raw& raw, int first, uint32_t& even, uint32_t& odd) {
+  if constexpr (kDtype == Dtype::fp32) {
+    const uint32_t* w = raw.word + first;
+    even = __byte_perm(__byte_perm(w[0], w[2], 0x0073), __byte_perm(w[4], w[6], 0x0073), 0x5410);
+    odd = __byte_perm(__byte_perm(w[1], w[3], 0x0073), __byte_perm(w[5], w[7], 0x0073), 0x5410);
+  } else {
+    const uint32_t* w = raw.word + first / 2;
+    const uint32_t low = __byte_perm(w[0], w[1], 0x7351), high = __byte_perm(w[2], w[3], 0x7351);
+    even = __byte_perm(low, high, 0x5410), odd = __byte_perm(low, high, 0x7632);
+  }
+}
+
+// What is quantized of a row: its values, or silu(gate) * up rounded to their type.
+template <bool gated>
+__device__ __forceinline__ Raw read(const void* row, int block, int blocks) {
+  if constexpr (!gated) return load(row, block);
+  float gate[kBlock], up[kBlock];
+  unpack(load(row, block), gate);
+  unpack(load(row, blocks + block), up);
+#pragma unroll
+  for (int i = 0; i < kBlock; ++i) gate[i] = silu_and_mul(gate[i], up[i]);
+  return pack(gate);
+}
+
+// --- the exact pieces, without the cases that the filter's range leaves out ---
+
+// v / 6, correctly rounded for normal v far from the ends of fp32: a product corrected by its exact remainder.
+__device__ __forceinline__ float sixth(float v) {
+  const float q = v * (1.0f / 6.0f);
+  return fmaf(fmaf(-6.0f, q, v), 1.0f / 6.0f, q);
+}
+
+// 1 / b, correctly rounded likewise (for every mantissa: tests/test_quantizer_gpu.py): one Newton step from the hardware's
+// approximation. Infinite for 0.
+__device__ __forceinline__ float reciprocal(float b) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(b));
+  return fmaf(y, fmaf(-b, y, 1.0f), y);
+}
+
+// What 1 is while e2m1 numbers are rounded and packed. As e5m2's smallest normal number, so that 0.5 is subnormal there
+// as it is in e2m1, one conversion packs two of them.
+#if defined(FOS_NATIVE_FP8) && !defined(FOS_NATIVE_E2M1)
+constexpr float kOne = 0x1p-14f;
+#else
+constexpr float kOne = 1.0f;
+#endif
+
+// The e2m1 numbers, times kOne, nearest to the magnitudes y0 and y1 times kOne, for y below 7.
+__device__ __forceinline__ void round_pair(float y0, float y1, float& r0, float& r1) {
+#if defined(FOS_NATIVE_E2M1)
+  const __nv_fp4x2_storage_t pair = __nv_cvt_float2_to_fp4x2(make_float2(y0, y1), __NV_E2M1, cudaRoundNearest);
+  const float2 r = __half22float2(__half2(__nv_cvt_fp4x2_to_halfraw2(pair, __NV_E2M1)));
+  r0 = r.x, r1 = r.y;
+#else
+  // As round_e2m1. e * 2^22 is exact, so that fusing it with the sum changes nothing.
+  const float e0 = bits<float>(bits<uint32_t>(fmaxf(y0, kOne)) & kExponent);
+  const float e1 = bits<float>(bits<uint32_t>(fmaxf(y1, kOne)) & kExponent);
+  r0 = fmaf(e0, -0x1p22f, fmaf(e0, 0x1p22f, y0));
+  r1 = fmaf(e1, -0x1p22f, fmaf(e1, 0x1p22f, y1));
+#endif
+}
+
+// A block scale: the E4M3 number and its byte.
+struct Scale {
+  float value;
+  uint32_t byte;
+};
+
+// The E4M3 numbers nearest to a and b >= 0, saturating.
+__device__ __forceinline__ void round_scales(float a, float b, Scale& rounded_a, Scale& rounded_b) {
+#if defined(FOS_NATIVE_FP8)
+  const __nv_fp8x2_storage_t pair = __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
+  const float2 rounded = __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3)));
+  rounded_a = {rounded.x, pair & 0xFFu}, rounded_b = {rounded.y, uint32_t(pair) >> 8};
+#else
+  rounded_a.value = round_e4m3(smaller(a, kE4m3Max)), rounded_b.value = round_e4m3(smaller(b, kE4m3Max));
+  rounded_a.byte = e4m3_byte(rounded_a.value), rounded_b.byte = e4m3_byte(rounded_b.value);
+#endif
+}
+
+// Eight codes without signs, of e2m1 magnitudes times kOne.
+__device__ __forceinline__ uint32_t code_word(const float* r) {
+#if defined(FOS_NATIVE_FP8) && !defined(FOS_NATIVE_E2M1)
+  // Four e5m2 bytes 0000ccc0, the code in bits 3..1, of every other value.
+  const auto four = [&](int i) {
+    const __nv_fp8x2_storage_t low = __nv_cvt_float2_to_fp8x2(make_float2(r[i], r[i + 2]), __NV_SATFINITE, __NV_E5M2);
+    const __nv_fp8x2_storage_t high = __nv_cvt_float2_to_fp8x2(make_float2(r[i + 4], r[i + 6]), __NV_SATFINITE, __NV_E5M2);
+    uint32_t word;  // a C++ expression of the same clears what the permutation does not read
+    asm("mov.b32 %0, {%1, %2};" : "=r"(word) : "h"(low), "h"(high));
+    return word;
+  };
+  return four(0) >> 1 | four(1) << 3;
+#else
+  uint32_t word = 0;
+#pragma unroll
+  for (int i = 0; i < 8; i += 2) {
+#if defined(FOS_NATIVE_E2M1)
+    const uint32_t byte = __nv_cvt_float2_to_fp4x2(make_float2(r[i], r[i + 1]), __NV_E2M1, cudaRoundNearest);
+#else
+    const uint32_t byte = e2m1_code(r[i]) | e2m1_code(r[i + 1]) << 4;
+#endif
+    word |= byte << 4 * i;
+  }
+  return word;
+#endif
+}
+
+// --- the filter ---
+
+// How far apart two errors must be for the comparison to be the specification's: relative * (e4 + e6) + absolute * v^n.
+//
+// One term. With v the block's largest magnitude, v in 2^-50 .. 2^50, both candidates unclipped (y below 7): a decoded
+// value is at most 2 v, since nothing below 0.25 rounds up. The filter's (r * (sf * decode), fused with - x) and the
+// specification's (three roundings in the amax domain, two in the others) are each within 6 * 2^-24 * 2 v of the exact
+// one, and the subtraction rounds within 2^-24 v: |d' - d| <= delta = 2^-20 v. ("scaled" errors are those times the
+// encode scale: a common factor.)
+// Sums. mae: 16 delta, and 30 * 2^-24 e for both summations. abs_max: delta. mse: |d'^2 - d^2| <= delta (2 |d| + delta),
+// in sum at most 8 delta sqrt(e) + 16 delta^2 <= 2^-15 e + (2^15 + 1) 16 delta^2, and the summations' roundings.
+// For two candidates, with a quarter or more to spare:
+template <Metric metric>
+struct Filter {
+  static constexpr float kRelative = metric == Metric::mse ? 0x1p-14f : (metric == Metric::mae ? 0x1p-18f : 0.0f);
+  static constexpr float kAbsolute =
+      metric == Metric::mse ? 1.25f * 0x1p-20f : (metric == Metric::mae ? 1.25f * 0x1p-15f : 1.25f * 0x1p-19f);
+
+  static __device__ __forceinline__ void add(float& error, float d) {
+    if constexpr (metric == Metric::mse) error = fmaf(d, d, error);
+    if constexpr (metric == Metric::mae) error += fabsf(d);
+    if constexpr (metric == Metric::abs_max) error = fmaxf(error, fabsf(d));
+  }
+
+  static __device__ __forceinline__ float margin(float error6, float error4, float v) {
+    return fmaf(kRelative, error6 + error4, (metric == Metric::mse ? v * v : v) * kAbsolute);
+  }
+};
+
+constexpr float kSmallest = 0x1p-50f, kLargest = 0x1p50f;
+
+// What a row's blocks share.
+struct Row {
+  GlobalScales scales;
+  float unit;  // decode / kOne, or 0 for an amax of 0: then the errors tie, and the specification decides
+};
+
+// A quantized block: e2m1 magnitudes times kOne, the block scale, and x's words where its signs count, else zeros.
+struct Chosen {
+  float r[kBlock];
+  Scale scale;
+};
+
+// By the specification. Clears `raw` where signs do not count.
+template <Metric metric, bool adaptive>
+__device__ __forceinline__ void choose_strictly(const Recipe& recipe, const Row& row, Raw& raw, Chosen& out) {
+  float a[kBlock][1], x[kBlock], r[kBlock][1], sf[1], v[1];
+  const float amax[1] = {row.scales.amax}, encode[1] = {row.scales.encode}, decode[1] = {row.scales.decode};
+  unpack(magnitudes(raw), x);
+#pragma unroll
+  for (int i = 0; i < kBlock; ++i) a[i][0] = x[i];
+  choose_scales<metric, adaptive>(recipe.domain, recipe.encoded_amax, a, amax, encode, decode, r, sf, v);
+  out.scale.value = row.scales.finite ? sf[0] : 0.0f;
+  out.scale.byte = e4m3_byte(out.scale.value);
+  const bool whole = row.scales.finite && is_finite(v[0]);
+#pragma unroll
+  for (int i = 0; i < kBlock; ++i) out.r[i] = whole ? r[i][0] * kOne : 0.0f;
+#pragma unroll
+  for (int i = 0; i < Raw::kWords; ++i) raw.word[i] = whole && v[0] > 0.0f ? raw.word[i] : 0u;
+}
+
+template <Metric metric, bool adaptive>
+__device__ __forceinline__ void choose(const Recipe& recipe, const Row& row, Raw& raw, Chosen& out) {
+  const Raw unsigned_raw = magnitudes(raw);
+  const float v = bits<float>(largest_bits(unsigned_raw));
+  bool decided = false;
+  if (v >= kSmallest && v <= kLargest) {
+    float a[kBlock];
+    unpack(unsigned_raw, a);
+    if constexpr (adaptive) {
+      const float b = sixth(v) * row.scales.encode;
+      Scale scale6, scale4;
+      round_scales(b, b * 1.5f, scale6, scale4);
+      // As magnitudes of kOne: a power of two, which moves no rounding here.
+      const float inverse6 = reciprocal(scale6.value * row.scales.decode) * kOne;
+      const float inverse4 = reciprocal(scale4.value * row.scales.decode) * kOne;
+      const float unit6 = scale6.value * row.unit, unit4 = scale4.value * row.unit;
+      float r6[kBlock], r4[kBlock], error6 = 0.0f, error4 = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kBlock; i += 2) {
+        round_pair(a[i] * inverse6, a[i + 1] * inverse6, r6[i], r6[i + 1]);
+        round_pair(a[i] * inverse4, a[i + 1] * inverse4, r4[i], r4[i + 1]);
+#pragma unroll
+        for (int j = i; j < i + 2; ++j) {
+          Filter<metric>::add(error6, fmaf(r6[j], unit6, -a[j]));
+          Filter<metric>::add(error4, fmaf(r4[j], unit4, -a[j]));
+        }
+      }
+      // Candidate 4 clips only where 6 does; a block scale of 0 makes the product infinite, or NaN.
+      decided = v * inverse6 < 7.0f * kOne && fabsf(error4 - error6) > Filter<metric>::margin(error6, error4, v);
+      const bool four = error4 < error6;
+      out.scale.value = four ? scale4.value : scale6.value;
+      out.scale.byte = four ? scale4.byte : scale6.byte;
+#pragma unroll
+      for (int i = 0; i < kBlock; ++i) out.r[i] = four ? r4[i] : r6[i];
+    } else {
+      const float b = v * (row.scales.encode * (1.0f / kE2m1Max));
+      Scale unused;
+      round_scales(b, b, out.scale, unused);
+      const float inverse = reciprocal(out.scale.value * row.scales.decode) * kOne;
+      decided = v * inverse < 7.0f * kOne;
+#pragma unroll
+      for (int i = 0; i < kBlock; i += 2) round_pair(a[i] * inverse, a[i + 1] * inverse, out.r[i], out.r[i + 1]);
+    }
+  }
+  if (!decided) choose_strictly<metric, adaptive>(recipe, row, raw, out);
+}
+
+// --- rows ---
+
+// The group of threads that a row belongs to, and what they tell one another through shared memory.
+struct Group {
+  int threads;  // a multiple of the warp
+  int lane;     // within the group
+  int slot;     // the group's number within the CTA
+};
+
+constexpr int kMaxGroups = kThreads / kWarp;
+
+// Where a row's amax comes from, and where its scales go.
+struct Place {
+  uint32_t amax;      // bits
+  int expert;         // -1: none
+  int64_t scale_row;  // -1: nowhere
+};
+
+// The expert of a row, and the row its scales go to. Every thread of the group looks at some experts; all of the CTA take
+// part, for the barriers.
+__device__ __forceinline__ Place find_expert(const Quantize& q, int64_t row, const Group& group) {
+  __shared__ int expert[kMaxGroups];
+  __shared__ unsigned long long start[kMaxGroups];
+  __syncthreads();  // the turn before may still be reading
+  if (group.lane == 0) expert[group.slot] = -1, start[group.slot] = 0;
+  __syncthreads();
+  const int64_t tile = tile_rows(q.layout);
+  unsigned long long before = 0;
+  for (int64_t e = group.lane; e < q.experts; e += group.threads) {
+    const int64_t begin = q.offsets[e], end = q.offsets[e + 1];
+    if (end <= row) {
+      before += round_up(end - begin, tile);
+    } else if (begin <= row) {
+      expert[group.slot] = static_cast<int>(e);
+    }
+  }
+  if (before != 0) atomicAdd(&start[group.slot], before);
+  __syncthreads();
+  Place place = {0, expert[group.slot], row};
+  if (q.layout != Layout::row_major) {
+    place.scale_row = place.expert < 0 ? -1 : static_cast<int64_t>(start[group.slot]) + row - q.offsets[place.expert];
+  }
+  return place;
+}
+
+// Where the row's input begins.
+template <bool gated>
+__device__ __forceinline__ const void* input_row(const Quantize& q, int64_t row) {
+  return static_cast<const char*>(q.x) + row * q.columns * ((gated ? 2 : 1) * (kDtype == Dtype::fp32 ? 4 : 2));
+}
+
+// Largest magnitude, as bits, of the blocks of a row that this thread takes.
+template <bool gated>
+__device__ __forceinline__ uint32_t own_largest(const Quantize& q, int64_t row, const Group& group) {
+  const void* x = input_row<gated>(q, row);
+  const int blocks = static_cast<int>(q.columns / kBlock);
+  uint32_t found = 0;
+  for (int block = group.lane; block < blocks; block += group.threads) {
+    found = max(found, largest_bits(magnitudes(read<gated>(x, block, blocks))));
+  }
+  return found;
+}
+
+template <bool gated>
+__device__ __forceinline__ uint32_t find_amax(const Quantize& q, int64_t row, const Group& group) {
+  __shared__ uint32_t largest[kMaxGroups];
+  if (group.lane == 0) largest[group.slot] = 0;
+  __syncthreads();
+  const uint32_t found = __reduce_max_sync(~0u, row >= 0 && row < q.rows ? own_largest<gated>(q, row, group) : 0);
+  if (group.lane % kWarp == 0) atomicMax(&largest[group.slot], found);
+  __syncthreads();
+  return largest[group.slot];
+}
+
+__device__ __forceinline__ Group group_of_thread(int threads) {
+  return {threads, static_cast<int>(threadIdx.x) / threads * -threads + static_cast<int>(threadIdx.x),
+          static_cast<int>(threadIdx.x) / threads};
+}
+
+// e2m1 * block_scale, exact in every type.
+__device__ __forceinline__ Raw values_of(const Chosen& chosen, const Raw& raw) {
+  float value[kBlock];
+  const float scale = chosen.scale.value * (1.0f / kOne);
+#pragma unroll
+  for (int i = 0; i < kBlock; ++i) value[i] = chosen.r[i] * scale;
+  Raw out = pack(value);
+  constexpr uint32_t kNan = kDtype == Dtype::fp32 ? 0x7FC00000u : (kDtype == Dtype::bf16 ? 0x7FC07FC0u : 0x7E007E00u);
+#pragma unroll
+  for (int i = 0; i < Raw::kWords; ++i) {
+    out.word[i] |= raw.word[i] & kSigns;
+    if (chosen.scale.byte == kE4m3Nan) out.word[i] = kNan;
+  }
+  return out;
+}
+
+__device__ __forceinline__ uint2 codes_of(const Chosen& chosen, const Raw& raw) {
+  uint32_t word[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    uint32_t even, odd;
+    sign_bytes(raw, 8 * i, even, odd);
+    word[i] = code_word(chosen.r + 8 * i) | (even >> 4 & 0x08080808u) | (odd & 0x80808080u);
+  }
+  return make_uint2(word[0], word[1]);
+}
+
+// One row a group. `amax` is q.amax, or what the pass before found; `backwards` starts with the rows that the pass before
+// read last, which are still in the L2.
+template <Metric metric, bool adaptive, bool gated, bool as_values>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    quantize_rows(const __grid_constant__ Quantize q, const float* amax, int group_threads, int scale_stride,
+                  bool backwards) {
+  const Group group = group_of_thread(group_threads);
+  const int64_t index = int64_t(blockIdx.x) * (blockDim.x / group_threads) + group.slot;
+  const int64_t row = backwards ? q.rows - 1 - index : index;
+  const bool inside = index < q.rows;
+
+  Place place = {0, 0, row};
+  if (q.scope == Scope::token) {
+    place.amax = amax == nullptr ? find_amax<gated>(q, row, group)
+                                 : (inside ? bits<uint32_t>(amax[q.amax_is_shared ? 0 : row]) : 0);
+  } else if (q.scope == Scope::expert) {
+    place = find_expert(q, inside ? row : -1, group);
+    place.amax = place.expert < 0 ? 0x7FC00000u : bits<uint32_t>(amax[place.expert]);
+    if (blockIdx.x == 0) {
+      for (int64_t e = threadIdx.x; e < q.experts; e += blockDim.x) {
+        q.decode_scale[e] = stored_decode_scale(global_scales(amax[e], q.recipe.encoded_amax));
+      }
+    }
+  } else {
+    place.amax = bits<uint32_t>(amax[0]);
+  }
+  Row shared = {global_scales(bits<float>(place.amax), q.recipe.encoded_amax), 0.0f};
+  shared.unit = shared.scales.amax == 0.0f ? 0.0f : shared.scales.decode * (1.0f / kOne);
+  if (group.lane == 0) {
+    if (q.scope == Scope::token && inside) q.decode_scale[row] = stored_decode_scale(shared.scales);
+    if (q.scope == Scope::tensor && index == 0) q.decode_scale[0] = stored_decode_scale(shared.scales);
+  }
+  if (!inside) return;
+
+  const int blocks = static_cast<int>(q.columns / kBlock);
+  const void* x = input_row<gated>(q, row);
+  uint2* packed = reinterpret_cast<uint2*>(q.packed) + row * blocks;
+  Raw* values = static_cast<Raw*>(q.values) + row * blocks;
+  // In every layout four scales lie together, and the next four at a fixed distance (scale_stride).
+  uint8_t* scales = q.block_scale + scale_offset(q.layout, place.scale_row, 0, padded_scale_columns(q.layout, blocks));
+  for (int block = group.lane; block < blocks; block += group.threads) {
+    Raw raw = read<gated>(x, block, blocks);
+    Chosen chosen;
+    choose<metric, adaptive>(q.recipe, shared, raw, chosen);
+    if constexpr (as_values) {
+      store(values, block, values_of(chosen, raw));
+    } else {
+      packed[block] = codes_of(chosen, raw);
+      if (place.scale_row >= 0) scales[(block >> 2) * scale_stride + (block & 3)] = static_cast<uint8_t>(chosen.scale.byte);
+    }
+  }
+}
+
+// The largest magnitude of the tensor, or of each expert's rows, into zeroed memory.
+template <bool gated>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    find_largest(const __grid_constant__ Quantize q, uint32_t* amax, int group_threads) {
+  const Group group = group_of_thread(group_threads);
+  const int64_t groups = blockDim.x / group_threads;
+  uint32_t found = 0;
+  // As many turns for every thread of the CTA: the barriers of find_expert.
+  for (int64_t first = int64_t(blockIdx.x) * groups; first < q.rows; first += int64_t(gridDim.x) * groups) {
+    const int64_t row = first + group.slot;
+    if (q.scope == Scope::expert) {
+      const int expert = find_expert(q, row < q.rows ? row : -1, group).expert;
+      found = __reduce_max_sync(~0u, expert >= 0 ? own_largest<gated>(q, row, group) : 0);
+      if (expert >= 0 && group.lane % kWarp == 0) atomicMax(&amax[expert], found);
+    } else if (row < q.rows) {
+      found = max(found, own_largest<gated>(q, row, group));
+    }
+  }
+  if (q.scope != Scope::expert) {
+    found = __reduce_max_sync(~0u, found);
+    if (group.lane % kWarp == 0) atomicMax(amax, found);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) dequantize_blocks(const __grid_constant__ Dequantize d) {
+  const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x, per_row = d.columns / kBlock;
+  if (at >= d.rows * per_row) return;
+  const uint2 packed = reinterpret_cast<const uint2*>(d.packed)[at];
+  const float sf = e4m3_value(d.block_scale[at]);
+  const float decode = d.decode_scale == nullptr ? 1.0f : d.decode_scale[at / per_row];
+  float x[kBlock];
+#pragma unroll
+  for (int i = 0; i < kBlock; ++i) {
+    const uint32_t code = (i < 8 ? packed.x : packed.y) >> 4 * (i % 8);
+    x[i] = (bits<float>(bits<uint32_t>(e2m1_value(code & 7u)) | (code << 28 & kSign)) * sf) * decode;
+  }
+  store(static_cast<Raw*>(d.out) + at, 0, pack(x));
+}
+
+// --- launching ---
+
+using Kernel = void (*)(Quantize, const float*, int, int, bool);
+
+template <bool gated, bool as_values>
+Kernel kernel_of(const Recipe& recipe) {
+  if (!recipe.adaptive) return quantize_rows<Metric::mse, false, gated, as_values>;
+  if (recipe.metric == Metric::mse) return quantize_rows<Metric::mse, true, gated, as_values>;
+  if (recipe.metric == Metric::mae) return quantize_rows<Metric::mae, true, gated, as_values>;
+  return quantize_rows<Metric::abs_max, true, gated, as_values>;
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Shape {
+  int group, block;  // threads
+};
+
+// A row takes as many threads as it has blocks, in whole warps, up to a CTA's; with few rows, up to the largest CTA's.
+Shape shape_of(const Quantize& q, bool few_rows) {
+  const int64_t blocks = ceil_div(q.columns / kBlock, kWarp) * kWarp;
+  const int most = few_rows ? kMaxThreads : kThreads;
+  const int turns = static_cast<int>(ceil_div(blocks, most));
+  const int group = static_cast<int>(ceil_div(ceil_div(blocks, turns), kWarp) * kWarp);
+  return {group, group <= kThreads / 2 ? kThreads / group * group : group};
+}
+
+}  // namespace
+
+cudaError_t FOS_ENTRY(quantize)(const Quantize& q, float* workspace, cudaStream_t stream) {
+  constexpr int kFewRows = 256;  // at most about two a multiprocessor of the largest chips
+  const Shape shape = shape_of(q, q.rows <= kFewRows);
+  const float* amax = q.amax;
+  if (workspace != nullptr) {
+    const int64_t numbers = q.scope == Scope::expert ? q.experts : 1;
+    if (const cudaError_t error = cudaMemsetAsync(workspace, 0, numbers * sizeof(float), stream)) return error;
+    const int64_t blocks = ceil_div(q.rows, shape.block / shape.group);
+    constexpr int64_t kResident = 132 * 8;  // enough to fill any chip; each then takes several rows
+    const unsigned grid = static_cast<unsigned>(blocks < kResident ? blocks : kResident);
+    if (q.rows > 0) {
+      (q.gated ? find_largest<true> : find_largest<false>)<<<grid, shape.block, 0, stream>>>(
+          q, reinterpret_cast<uint32_t*>(workspace), shape.group);
+    }
+    amax = workspace;
+  }
+  const Kernel kernel = q.gated ? (q.values ? kernel_of<true, true>(q.recipe) : kernel_of<true, false>(q.recipe))
+                                : (q.values ? kernel_of<false, true>(q.recipe) : kernel_of<false, false>(q.recipe));
+  // Without rows one CTA still writes the decode scales.
+  const int64_t grid = ceil_div(q.rows > 0 ? q.rows : 1, shape.block / shape.group);
+  const int scale_stride = 4 * static_cast<int>(tile_rows(q.layout));
+  kernel<<<static_cast<unsigned>(grid), shape.block, 0, stream>>>(q, amax, shape.group, scale_stride,
+                                                                  workspace != nullptr);
+  return cudaGetLastError();
+}
+
+cudaError_t FOS_ENTRY(dequantize)(const Dequantize& d, cudaStream_t stream) {
+  const int64_t blocks = d.rows * (d.columns / kBlock);
+  if (blocks > 0) {
+    dequantize_blocks<<<static_cast<unsigned>(ceil_div(blocks, kThreads)), kThreads, 0, stream>>>(d);
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace fos::cuda
