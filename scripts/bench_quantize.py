@@ -45,7 +45,7 @@ def median_seconds(call: Callable[[], object]) -> float:
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 def cpu_rows() -> list[Row]:
@@ -86,15 +86,15 @@ def graph_seconds(call: Callable[[Tensor], object], inputs: Sequence[Tensor]) ->
         end.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end) / 1e3 / len(inputs))
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 def copy_bandwidth() -> float:
     """Bytes read and written a second by a large copy."""
     pairs = [torch.empty(1 << 29, dtype=torch.uint8, device="cuda").random_() for _ in range(2)]
     target = torch.empty_like(pairs[0])
-    seconds = graph_seconds(target.copy_, pairs)
-    return 2 * target.nbytes / seconds
+    seconds = graph_seconds(lambda x: target.copy_(x), pairs)
+    return float(2 * target.nbytes / seconds)
 
 
 def cuda_calls() -> list[tuple[str, int, Callable[[Tensor], object]]]:
