@@ -4,9 +4,10 @@
 // nearest, in the order written. Compile with contraction off (-ffp-contract=off, -fmad=false) and without fast-math:
 // a fused or reordered operation is another byte somewhere.
 //
-// Everything works on W blocks at a time, an element index first and the lane last: the CPU takes W = 16 and lets the
-// compiler vectorise the loops over lanes, so that the sequential sum over a block's elements costs nothing; a GPU thread
-// takes W = 1, where those loops disappear. Magnitudes are used throughout: every step is symmetric in the sign of x.
+// choose_scales works on W blocks at a time, an element index first and the lane last: the CPU takes W = 16 and lets the
+// compiler vectorise the loops over lanes, so that the sequential sum over a block's elements costs nothing. A GPU spreads
+// one block's elements over its threads and calls the pieces. Magnitudes are used throughout: every step is symmetric in
+// the sign of x.
 #pragma once
 
 #include <cfloat>
@@ -14,10 +15,8 @@
 
 #if defined(__CUDACC__)
 #define FOS_FN __host__ __device__ __forceinline__
-#define FOS_UNROLL _Pragma("unroll")
 #else
 #define FOS_FN inline __attribute__((always_inline))
-#define FOS_UNROLL
 #endif
 
 namespace fos {
@@ -171,6 +170,14 @@ FOS_FN GlobalScales global_scales(float amax, float encoded_amax) {
 // What is stored as the decode scale.
 FOS_FN float stored_decode_scale(const GlobalScales& g) { return g.finite ? g.decode : bits<float>(0x7FC00000u); }
 
+// The block scale before rounding, of a block with the largest magnitude v: candidate 6's. Candidate 4's is 1.5 times it.
+template <bool adaptive>
+FOS_FN float unrounded_scale(float v, float encode) {
+  return adaptive ? (v / kE2m1Max) * encode : v * (encode * (1.0f / kE2m1Max));
+}
+
+FOS_FN float block_scale(float unrounded) { return round_e4m3(smaller(unrounded, kE4m3Max)); }
+
 // What values are multiplied by to be encoded under the block scale sf.
 FOS_FN float inverse_scale(float sf, float decode) {
   const float inverse = smaller(1.0f / (sf * decode), FLT_MAX);
@@ -194,6 +201,11 @@ FOS_FN float error_term(DomainT domain, float encoded_amax, float q, float sf, f
   return metric == Metric::mse ? d * d : magnitude(d);
 }
 
+template <Metric metric>
+FOS_FN float add_error(float error, float term) {
+  return metric == Metric::abs_max ? larger(error, term) : error + term;
+}
+
 // The winning candidate of W blocks.
 //
 // a: magnitudes; amax, encode, decode: the global scales of each block; out: r, the e2m1 magnitudes, and sf, the block
@@ -204,46 +216,46 @@ FOS_FN void choose_scales(DomainT domain, float encoded_amax, const float (&a)[k
                             const float (&encode)[W], const float (&decode)[W], float (&r)[kBlock][W], float (&sf)[W],
                             float (&v)[W]) {
   float sf4[W], inverse6[W], inverse4[W], error6[W], error4[W];
-  FOS_UNROLL for (int w = 0; w < W; ++w) {
+  for (int w = 0; w < W; ++w) {
     uint32_t largest = 0;  // as integers: NaN is above infinity, and both are seen
-    FOS_UNROLL for (int i = 0; i < kBlock; ++i) {
+    for (int i = 0; i < kBlock; ++i) {
       const uint32_t u = bits<uint32_t>(a[i][w]);
       largest = u > largest ? u : largest;
     }
     v[w] = bits<float>(largest);
   }
-  FOS_UNROLL for (int w = 0; w < W; ++w) {
-    const float b = adaptive ? (v[w] / kE2m1Max) * encode[w] : v[w] * (encode[w] * (1.0f / kE2m1Max));
-    sf[w] = round_e4m3(smaller(b, kE4m3Max));
+  for (int w = 0; w < W; ++w) {
+    const float b = unrounded_scale<adaptive>(v[w], encode[w]);
+    sf[w] = block_scale(b);
     inverse6[w] = inverse_scale(sf[w], decode[w]);
     if (adaptive) {
-      sf4[w] = round_e4m3(smaller(b * 1.5f, kE4m3Max));
+      sf4[w] = block_scale(b * 1.5f);
       inverse4[w] = inverse_scale(sf4[w], decode[w]);
       error6[w] = error4[w] = 0.0f;
     }
   }
   if (adaptive) {
     // Sequentially from element 0 to 15, as the specification sums.
-    FOS_UNROLL for (int i = 0; i < kBlock; ++i) {
-      FOS_UNROLL for (int w = 0; w < W; ++w) {
+    for (int i = 0; i < kBlock; ++i) {
+      for (int w = 0; w < W; ++w) {
         const float t6 = error_term<metric>(domain, encoded_amax, round_e2m1(a[i][w] * inverse6[w]), sf[w], a[i][w],
                                             amax[w], encode[w], decode[w]);
         const float t4 = error_term<metric>(domain, encoded_amax, round_e2m1(a[i][w] * inverse4[w]), sf4[w], a[i][w],
                                             amax[w], encode[w], decode[w]);
-        error6[w] = metric == Metric::abs_max ? larger(error6[w], t6) : error6[w] + t6;
-        error4[w] = metric == Metric::abs_max ? larger(error4[w], t4) : error4[w] + t4;
+        error6[w] = add_error<metric>(error6[w], t6);
+        error4[w] = add_error<metric>(error4[w], t4);
       }
     }
-    FOS_UNROLL for (int w = 0; w < W; ++w) {
+    for (int w = 0; w < W; ++w) {
       const bool four = error4[w] < error6[w];
       sf[w] = four ? sf4[w] : sf[w];
       inverse6[w] = four ? inverse4[w] : inverse6[w];
     }
   }
-  FOS_UNROLL for (int i = 0; i < kBlock; ++i) {
-    FOS_UNROLL for (int w = 0; w < W; ++w) r[i][w] = round_e2m1(a[i][w] * inverse6[w]);
+  for (int i = 0; i < kBlock; ++i) {
+    for (int w = 0; w < W; ++w) r[i][w] = round_e2m1(a[i][w] * inverse6[w]);
   }
-  FOS_UNROLL for (int w = 0; w < W; ++w) {
+  for (int w = 0; w < W; ++w) {
     sf[w] = is_finite(v[w]) ? (v[w] == 0.0f ? 0.0f : sf[w]) : bits<float>(0x7FC00000u);
   }
 }

@@ -7,8 +7,8 @@
 // need not be the specification's, only near enough: a block's two errors are first computed with fused operations, in
 // any order, in one domain for all three (`Filter`). Where they differ by more than both computations can be off, the
 // comparison has the same answer; where they do not (about one block in ten thousand of random ones, ties, and every
-// block outside the range that the bound was derived for), the block goes through nvfp4.cuh's choose_scales, which is
-// the specification. Rounding itself is exact on both ways.
+// block outside the range that the bound was derived for), the block is settled with nvfp4.cuh's operations, in the
+// specification's order. Rounding itself is exact on both ways.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_fp4.h>
@@ -267,7 +267,8 @@ constexpr float kSmallest = 0x1p-50f, kLargest = 0x1p50f;
 // What a row's blocks share.
 struct Row {
   GlobalScales scales;
-  float unit;  // decode / kOne, or 0 for an amax of 0: then the errors tie, and the specification decides
+  float unit;     // decode / kOne, or 0 for an amax of 0: then the errors tie, and the specification decides
+  float largest;  // kLargest, or 0 for a row without a finite amax: none of its blocks is in the filter's range
 };
 
 // A quantized block: e2m1 magnitudes times kOne, the block scale, and x's words where its signs count, else zeros.
@@ -276,30 +277,11 @@ struct Chosen {
   Scale scale;
 };
 
-// By the specification. Clears `raw` where signs do not count.
 template <Metric metric, bool adaptive>
-__device__ __forceinline__ void choose_strictly(const Recipe& recipe, const Row& row, Raw& raw, Chosen& out) {
-  float a[kBlock][1], x[kBlock], r[kBlock][1], sf[1], v[1];
-  const float amax[1] = {row.scales.amax}, encode[1] = {row.scales.encode}, decode[1] = {row.scales.decode};
-  unpack(magnitudes(raw), x);
-#pragma unroll
-  for (int i = 0; i < kBlock; ++i) a[i][0] = x[i];
-  choose_scales<metric, adaptive>(recipe.domain, recipe.encoded_amax, a, amax, encode, decode, r, sf, v);
-  out.scale.value = row.scales.finite ? sf[0] : 0.0f;
-  out.scale.byte = e4m3_byte(out.scale.value);
-  const bool whole = row.scales.finite && is_finite(v[0]);
-#pragma unroll
-  for (int i = 0; i < kBlock; ++i) out.r[i] = whole ? r[i][0] * kOne : 0.0f;
-#pragma unroll
-  for (int i = 0; i < Raw::kWords; ++i) raw.word[i] = whole && v[0] > 0.0f ? raw.word[i] : 0u;
-}
-
-template <Metric metric, bool adaptive>
-__device__ __forceinline__ void choose(const Recipe& recipe, const Row& row, Raw& raw, Chosen& out) {
+__device__ __forceinline__ bool choose(const Row& row, Raw& raw, Chosen& out) {
   const Raw unsigned_raw = magnitudes(raw);
   const float v = bits<float>(largest_bits(unsigned_raw));
-  bool decided = false;
-  if (v >= kSmallest && v <= kLargest) {
+  if (v >= kSmallest && v <= row.largest) {
     float a[kBlock];
     unpack(unsigned_raw, a);
     if constexpr (adaptive) {
@@ -321,29 +303,81 @@ __device__ __forceinline__ void choose(const Recipe& recipe, const Row& row, Raw
           Filter<metric>::add(error4, fmaf(r4[j], unit4, -a[j]));
         }
       }
-      // Candidate 4 clips only where 6 does; a block scale of 0 makes the product infinite, or NaN.
-      decided = v * inverse6 < 7.0f * kOne && fabsf(error4 - error6) > Filter<metric>::margin(error6, error4, v);
       const bool four = error4 < error6;
       out.scale.value = four ? scale4.value : scale6.value;
       out.scale.byte = four ? scale4.byte : scale6.byte;
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) out.r[i] = four ? r4[i] : r6[i];
+      // Candidate 4 clips only where 6 does; a block scale of 0 makes the product infinite, or NaN. Where both scales
+      // saturate, the candidates are one.
+      return v * inverse6 < 7.0f * kOne && (fabsf(error4 - error6) > Filter<metric>::margin(error6, error4, v) ||
+                                            scale4.value == scale6.value);
     } else {
-      const float b = v * (row.scales.encode * (1.0f / kE2m1Max));
       Scale unused;
+      const float b = unrounded_scale<false>(v, row.scales.encode);
       round_scales(b, b, out.scale, unused);
       const float inverse = reciprocal(out.scale.value * row.scales.decode) * kOne;
-      decided = v * inverse < 7.0f * kOne;
 #pragma unroll
       for (int i = 0; i < kBlock; i += 2) round_pair(a[i] * inverse, a[i + 1] * inverse, out.r[i], out.r[i + 1]);
+      return v * inverse < 7.0f * kOne;
     }
   }
-  if (!decided) choose_strictly<metric, adaptive>(recipe, row, raw, out);
+  // Zeros without signs: what a block of zeros becomes, and every block of a row without a finite amax.
+#pragma unroll
+  for (int i = 0; i < kBlock; ++i) out.r[i] = 0.0f;
+  out.scale = {0.0f, 0};
+  if (v == 0.0f || !row.scales.finite) {
+#pragma unroll
+    for (int i = 0; i < Raw::kWords; ++i) raw.word[i] = 0;
+    return true;
+  }
+  return false;
+}
+
+// One value of what is quantized.
+template <bool gated>
+__device__ __forceinline__ float read_one(const void* row, int index, int columns) {
+  const auto at = [&](int i) {
+    if constexpr (kDtype == Dtype::fp32) return static_cast<const float*>(row)[i];
+    const uint16_t h = static_cast<const uint16_t*>(row)[i];
+    return kDtype == Dtype::bf16 ? bf16_value(h) : fp16_value(h);
+  };
+  if constexpr (!gated) return at(index);
+  const float value = silu_and_mul(at(index), at(columns + index));
+  if constexpr (kDtype == Dtype::bf16) return bf16_value(bf16_bits(value));
+  return kDtype == Dtype::fp16 ? fp16_value(fp16_bits(value)) : value;
+}
+
+// A block that the filter leaves open, by the specification: the whole warp, a lane for each value and candidate, for the
+// lane `owner`. Together because such a block is rare: alone, one lane would keep 31 waiting for ten times as long.
+template <Metric metric, bool adaptive, bool gated>
+__device__ __forceinline__ float settle(const Quantize& q, const Row& row, const void* x, int block, int owner, Scale& scale) {
+  const int lane = threadIdx.x % kWarp, i = lane % kBlock;
+  block = __shfl_sync(~0u, block, owner);
+  const float a = magnitude(read_one<gated>(x, block * kBlock + i, static_cast<int>(q.columns)));
+  const float v = bits<float>(__reduce_max_sync(~0u, bits<uint32_t>(a)));
+  const float b = unrounded_scale<adaptive>(v, row.scales.encode);
+  const bool four = adaptive && lane >= kBlock;
+  float sf = block_scale(four ? b * 1.5f : b);
+  float r = round_e2m1(a * inverse_scale(sf, row.scales.decode));
+  if constexpr (adaptive) {
+    const float term = error_term<metric>(q.recipe.domain, q.recipe.encoded_amax, r, sf, a, row.scales.amax,
+                                          row.scales.encode, row.scales.decode);
+    float error = 0.0f;
+    for (int j = 0; j < kBlock; ++j) error = add_error<metric>(error, __shfl_sync(~0u, term, (four ? kBlock : 0) + j));
+    const bool four_wins = __shfl_sync(~0u, error, kBlock) < __shfl_sync(~0u, error, 0);
+    r = __shfl_sync(~0u, r, (four_wins ? kBlock : 0) + i);
+    sf = __shfl_sync(~0u, sf, four_wins ? kBlock : 0);
+  }
+  const bool whole = is_finite(v);
+  scale.value = whole ? sf : bits<float>(0x7FC00000u);
+  scale.byte = e4m3_byte(scale.value);
+  return whole ? r * kOne : 0.0f;
 }
 
 // --- rows ---
 
-// The group of threads that a row belongs to, and what they tell one another through shared memory.
+// The group of threads that a row belongs to.
 struct Group {
   int threads;  // a multiple of the warp
   int lane;     // within the group
@@ -352,38 +386,33 @@ struct Group {
 
 constexpr int kMaxGroups = kThreads / kWarp;
 
-// Where a row's amax comes from, and where its scales go.
+__device__ __forceinline__ Group group_of_thread(int threads) {
+  const int slot = static_cast<int>(threadIdx.x) / threads;
+  return {threads, static_cast<int>(threadIdx.x) - slot * threads, slot};
+}
+
+// Whose a row is, and the row that its scales go to; -1: nobody's, nowhere. Every warp looks for itself: as the offsets
+// ascend, the expert's number is that of the experts that end at or before the row.
 struct Place {
-  uint32_t amax;      // bits
-  int expert;         // -1: none
-  int64_t scale_row;  // -1: nowhere
+  int expert;
+  int64_t scale_row;
 };
 
-// The expert of a row, and the row its scales go to. Every thread of the group looks at some experts; all of the CTA take
-// part, for the barriers.
-__device__ __forceinline__ Place find_expert(const Quantize& q, int64_t row, const Group& group) {
-  __shared__ int expert[kMaxGroups];
-  __shared__ unsigned long long start[kMaxGroups];
-  __syncthreads();  // the turn before may still be reading
-  if (group.lane == 0) expert[group.slot] = -1, start[group.slot] = 0;
-  __syncthreads();
-  const int64_t tile = tile_rows(q.layout);
-  unsigned long long before = 0;
-  for (int64_t e = group.lane; e < q.experts; e += group.threads) {
-    const int64_t begin = q.offsets[e], end = q.offsets[e + 1];
-    if (end <= row) {
-      before += round_up(end - begin, tile);
-    } else if (begin <= row) {
-      expert[group.slot] = static_cast<int>(e);
-    }
+__device__ __forceinline__ Place find_expert(const Quantize& q, int64_t row) {
+  const int tile = static_cast<int>(tile_rows(q.layout)), experts = static_cast<int>(q.experts);
+  int before = 0;
+  uint32_t start = 0;
+  for (int first = 0; first < experts; first += kWarp) {
+    const int e = first + static_cast<int>(threadIdx.x) % kWarp;
+    const int begin = e < experts ? q.offsets[e] : 0, end = e < experts ? q.offsets[e + 1] : 0;
+    const bool ended = e < experts && end <= row;
+    const int found = __popc(__ballot_sync(~0u, ended));
+    before += found;
+    start += __reduce_add_sync(~0u, ended ? static_cast<uint32_t>((end - begin + tile - 1) / tile) : 0u);
+    if (found < kWarp) break;
   }
-  if (before != 0) atomicAdd(&start[group.slot], before);
-  __syncthreads();
-  Place place = {0, expert[group.slot], row};
-  if (q.layout != Layout::row_major) {
-    place.scale_row = place.expert < 0 ? -1 : static_cast<int64_t>(start[group.slot]) + row - q.offsets[place.expert];
-  }
-  return place;
+  if (before == experts || q.offsets[before] > row) return {-1, q.layout == Layout::row_major ? row : -1};
+  return {before, q.layout == Layout::row_major ? row : int64_t(start) * tile + row - q.offsets[before]};
 }
 
 // Where the row's input begins.
@@ -413,11 +442,6 @@ __device__ __forceinline__ uint32_t find_amax(const Quantize& q, int64_t row, co
   if (group.lane % kWarp == 0) atomicMax(&largest[group.slot], found);
   __syncthreads();
   return largest[group.slot];
-}
-
-__device__ __forceinline__ Group group_of_thread(int threads) {
-  return {threads, static_cast<int>(threadIdx.x) / threads * -threads + static_cast<int>(threadIdx.x),
-          static_cast<int>(threadIdx.x) / threads};
 }
 
 // e2m1 * block_scale, exact in every type.
@@ -458,23 +482,25 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const int64_t row = backwards ? q.rows - 1 - index : index;
   const bool inside = index < q.rows;
 
-  Place place = {0, 0, row};
+  Place place = {0, row};
+  uint32_t row_amax = 0;
   if (q.scope == Scope::token) {
-    place.amax = amax == nullptr ? find_amax<gated>(q, row, group)
-                                 : (inside ? bits<uint32_t>(amax[q.amax_is_shared ? 0 : row]) : 0);
+    row_amax = amax == nullptr ? find_amax<gated>(q, row, group)
+                               : (inside ? bits<uint32_t>(amax[q.amax_is_shared ? 0 : row]) : 0);
   } else if (q.scope == Scope::expert) {
-    place = find_expert(q, inside ? row : -1, group);
-    place.amax = place.expert < 0 ? 0x7FC00000u : bits<uint32_t>(amax[place.expert]);
+    place = find_expert(q, inside ? row : -1);
+    row_amax = place.expert < 0 ? 0x7FC00000u : bits<uint32_t>(amax[place.expert]);
     if (blockIdx.x == 0) {
       for (int64_t e = threadIdx.x; e < q.experts; e += blockDim.x) {
         q.decode_scale[e] = stored_decode_scale(global_scales(amax[e], q.recipe.encoded_amax));
       }
     }
   } else {
-    place.amax = bits<uint32_t>(amax[0]);
+    row_amax = bits<uint32_t>(amax[0]);
   }
-  Row shared = {global_scales(bits<float>(place.amax), q.recipe.encoded_amax), 0.0f};
+  Row shared = {global_scales(bits<float>(row_amax), q.recipe.encoded_amax), 0.0f, 0.0f};
   shared.unit = shared.scales.amax == 0.0f ? 0.0f : shared.scales.decode * (1.0f / kOne);
+  shared.largest = shared.scales.finite ? kLargest : 0.0f;
   if (group.lane == 0) {
     if (q.scope == Scope::token && inside) q.decode_scale[row] = stored_decode_scale(shared.scales);
     if (q.scope == Scope::tensor && index == 0) q.decode_scale[0] = stored_decode_scale(shared.scales);
@@ -487,10 +513,32 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   Raw* values = static_cast<Raw*>(q.values) + row * blocks;
   // In every layout four scales lie together, and the next four at a fixed distance (scale_stride).
   uint8_t* scales = q.block_scale + scale_offset(q.layout, place.scale_row, 0, padded_scale_columns(q.layout, blocks));
-  for (int block = group.lane; block < blocks; block += group.threads) {
-    Raw raw = read<gated>(x, block, blocks);
-    Chosen chosen;
-    choose<metric, adaptive>(q.recipe, shared, raw, chosen);
+  // Whole warps, for settle.
+  for (int first = group.lane / kWarp * kWarp; first < blocks; first += group.threads) {
+    const int block = first + group.lane % kWarp;
+    const bool mine = block < blocks;
+    Raw raw = {};
+    Chosen chosen = {};
+    bool decided = true;
+    if (mine) {
+      raw = read<gated>(x, block, blocks);
+      decided = choose<metric, adaptive>(shared, raw, chosen);
+    }
+    for (uint32_t open = __ballot_sync(~0u, !decided); open != 0; open &= open - 1) {
+      const int owner = __ffs(open) - 1;
+      Scale scale;
+      const float r = settle<metric, adaptive, gated>(q, shared, x, block, owner, scale);
+      const bool own = group.lane % kWarp == owner;
+      if (own) chosen.scale = scale;
+#pragma unroll
+      for (int i = 0; i < kBlock; ++i) {
+        const float settled = __shfl_sync(~0u, r, i);
+        chosen.r[i] = own ? settled : chosen.r[i];
+      }
+#pragma unroll
+      for (int i = 0; i < Raw::kWords; ++i) raw.word[i] = own && scale.byte == kE4m3Nan ? 0u : raw.word[i];
+    }
+    if (!mine) continue;
     if constexpr (as_values) {
       store(values, block, values_of(chosen, raw));
     } else {
@@ -507,14 +555,13 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const Group group = group_of_thread(group_threads);
   const int64_t groups = blockDim.x / group_threads;
   uint32_t found = 0;
-  // As many turns for every thread of the CTA: the barriers of find_expert.
-  for (int64_t first = int64_t(blockIdx.x) * groups; first < q.rows; first += int64_t(gridDim.x) * groups) {
-    const int64_t row = first + group.slot;
+  for (int64_t row = int64_t(blockIdx.x) * groups + group.slot; row < q.rows; row += int64_t(gridDim.x) * groups) {
     if (q.scope == Scope::expert) {
-      const int expert = find_expert(q, row < q.rows ? row : -1, group).expert;
-      found = __reduce_max_sync(~0u, expert >= 0 ? own_largest<gated>(q, row, group) : 0);
-      if (expert >= 0 && group.lane % kWarp == 0) atomicMax(&amax[expert], found);
-    } else if (row < q.rows) {
+      const int expert = find_expert(q, row).expert;
+      if (expert < 0) continue;
+      found = __reduce_max_sync(~0u, own_largest<gated>(q, row, group));
+      if (group.lane % kWarp == 0) atomicMax(&amax[expert], found);
+    } else {
       found = max(found, own_largest<gated>(q, row, group));
     }
   }
