@@ -5,31 +5,11 @@
 // or the linker could keep the copy with instructions that a smaller processor lacks.
 #include "cpu.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 namespace fos::FOS_ISA {
 namespace {
 
 constexpr int kLanes = 16;
 constexpr int kTile = kLanes * kBlock;
-
-// Subnormals as IEEE 754 has them, whatever the caller's thread is set to (torch.set_flush_denormal).
-class StrictSubnormals {
-#if defined(__x86_64__)
- public:
-  StrictSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(0x1F80); }
-  ~StrictSubnormals() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-#else
- public:
-  StrictSubnormals() {}
-  ~StrictSubnormals() {}
-#endif
-};
 
 template <Dtype dtype>
 FOS_FN float load(const void* x, int64_t i) {

@@ -54,4 +54,18 @@ struct Dequantize {
   void* out;  // [rows, columns]
 };
 
+// out = (((x W^T) * token_scale) * decode_scale) + bias, each step in fp32.
+struct Linear {
+  const void* x;  // [tokens, columns]
+  Dtype x_dtype;
+  int64_t tokens, columns, outputs;
+  const uint8_t* codes;        // [outputs / 16, columns / 16, 8 pairs of columns, 16 rows]: even column in the low nibble
+  const uint8_t* block_scale;  // [outputs / 16, columns / 16, 16 rows]; rows that fill up the last strip are 0
+  const float* decode_scale;   // [outputs]
+  const float* token_scale;    // [tokens], or null for 1
+  const float* bias;           // [outputs], or null for 0
+  void* out;                   // [tokens, outputs]
+  Dtype out_dtype;
+};
+
 }  // namespace fos

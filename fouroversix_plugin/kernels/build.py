@@ -42,8 +42,9 @@ _CPP = ("-std=c++20", "-O3", "-fPIC")
 # reads, and let the compiler turn branches into selections.
 _STRICT = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
+_TILES = ("-mamx-tile", "-mamx-bf16")
 _ISAS: Final = {
-    "x86_64": {"baseline": (), "avx2": ("-mavx2",), "avx512": _AVX512},
+    "x86_64": {"baseline": (), "avx2": ("-mavx2", "-mfma"), "avx512": (*_AVX512, *_TILES)},
 }
 NVCC_STRICT: Final = ("-fmad=false", "-prec-div=true", "-prec-sqrt=true", "-ftz=false")
 _CUDA_DTYPES: Final = ("bf16", "fp16", "fp32")
@@ -214,8 +215,9 @@ def _cpu_recipe() -> _Recipe:
         raise BuildError("no C++ compiler on the PATH: none of g++, clang++, c++")
     include, libraries = _torch_flags()
     kernels = [
-        (compiler, *_CPP, *_STRICT, *flags, f"-DFOS_ISA={isa}", "-c", str(csrc() / "cpu.cpp"))
+        (compiler, *_CPP, *_STRICT, *flags, f"-DFOS_ISA={isa}", "-c", str(csrc() / source))
         for isa, flags in _ISAS.get(platform.machine(), {"baseline": ()}).items()
+        for source in ("cpu.cpp", "cpu_linear.cpp")
     ]
     bindings = (compiler, *_CPP, *include, "-DFOS_LIBRARY=fouroversix_cpu", "-DFOS_KEY=CPU")
     return _Recipe((*kernels, (*bindings, "-c", str(csrc() / "bindings.cpp"))), (compiler, "-shared", *libraries))
