@@ -15,6 +15,7 @@
 #include <cuda_fp8.h>
 
 #include <cstring>
+#include <type_traits>
 
 #include "cuda.h"
 
@@ -36,8 +37,19 @@ namespace {
 
 constexpr Dtype kDtype = Dtype::FOS_DTYPE;
 constexpr int kWarp = 32;
-constexpr int kThreads = 256;     // of a CTA, unless a row alone has more to do
-constexpr int kMaxThreads = 512;  // of a CTA: 128 registers a thread
+constexpr int kThreads = 128;     // of a CTA, unless a row has more
+constexpr int kMaxThreads = 512;  // of a CTA
+constexpr int kDequantizeThreads = 256;
+// Registers of a thread: as few as nothing is spilled with. 64 make room for 32 warps on a multiprocessor, 80 for 24.
+template <bool gated, bool as_values>
+__host__ __device__ constexpr int registers() {
+#if defined(FOS_NATIVE_E2M1)
+  if (kDtype != Dtype::fp32 && !gated && !as_values) return 64;
+#elif defined(FOS_NATIVE_FP8)
+  if (kDtype != Dtype::fp32 && !gated) return as_values ? 80 : 64;
+#endif
+  return 96;
+}
 
 // As bits(), for CUDA's pairs, which are not trivially copyable by the letter.
 template <class To, class From>
@@ -206,31 +218,62 @@ __device__ __forceinline__ void round_scales(float a, float b, Scale& rounded_a,
 #endif
 }
 
-// Eight codes without signs, of e2m1 magnitudes times kOne.
-__device__ __forceinline__ uint32_t code_word(const float* r) {
+// Codes of a block without their signs, from e2m1 magnitudes times kOne, eight at a time.
+struct Codes {
 #if defined(FOS_NATIVE_FP8) && !defined(FOS_NATIVE_E2M1)
-  // Four e5m2 bytes 0000ccc0, the code in bits 3..1, of every other value.
-  const auto four = [&](int i) {
-    const __nv_fp8x2_storage_t low = __nv_cvt_float2_to_fp8x2(make_float2(r[i], r[i + 2]), __NV_SATFINITE, __NV_E5M2);
-    const __nv_fp8x2_storage_t high = __nv_cvt_float2_to_fp8x2(make_float2(r[i + 4], r[i + 6]), __NV_SATFINITE, __NV_E5M2);
-    uint32_t word;  // a C++ expression of the same clears what the permutation does not read
-    asm("mov.b32 %0, {%1, %2};" : "=r"(word) : "h"(low), "h"(high));
-    return word;
-  };
-  return four(0) >> 1 | four(1) << 3;
-#else
-  uint32_t word = 0;
-#pragma unroll
-  for (int i = 0; i < 8; i += 2) {
-#if defined(FOS_NATIVE_E2M1)
-    const uint32_t byte = __nv_cvt_float2_to_fp4x2(make_float2(r[i], r[i + 1]), __NV_E2M1, cudaRoundNearest);
-#else
-    const uint32_t byte = e2m1_code(r[i]) | e2m1_code(r[i + 1]) << 4;
-#endif
-    word |= byte << 4 * i;
+  uint32_t part[4];  // e5m2 bytes 0000ccc0, the code in bits 3..1: even columns, odd columns, and so again
+
+  __device__ __forceinline__ void set(int half, const float* r) {
+    part[2 * half] = four(r), part[2 * half + 1] = four(r + 1);
   }
-  return word;
+
+  __device__ __forceinline__ uint32_t word(int half) const { return part[2 * half] >> 1 | part[2 * half + 1] << 3; }
+
+ private:
+  static __device__ __forceinline__ uint32_t four(const float* r) {
+    const __nv_fp8x2_storage_t low = __nv_cvt_float2_to_fp8x2(make_float2(r[0], r[2]), __NV_SATFINITE, __NV_E5M2);
+    const __nv_fp8x2_storage_t high = __nv_cvt_float2_to_fp8x2(make_float2(r[4], r[6]), __NV_SATFINITE, __NV_E5M2);
+    uint32_t both;  // a C++ expression of the same clears what the permutation does not read
+    asm("mov.b32 %0, {%1, %2};" : "=r"(both) : "h"(low), "h"(high));
+    return both;
+  }
+#else
+  uint32_t part[2];
+
+  __device__ __forceinline__ void set(int half, const float* r) {
+    part[half] = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+#if defined(FOS_NATIVE_E2M1)
+      const uint32_t byte = __nv_cvt_float2_to_fp4x2(make_float2(r[i], r[i + 1]), __NV_E2M1, cudaRoundNearest);
+#else
+      const uint32_t byte = e2m1_code(r[i]) | e2m1_code(r[i + 1]) << 4;
 #endif
+      part[half] |= byte << 4 * i;
+    }
+  }
+
+  __device__ __forceinline__ uint32_t word(int half) const { return part[half]; }
+#endif
+};
+
+// The same, kept as numbers.
+struct Numbers {
+  float part[kBlock];
+
+  __device__ __forceinline__ void set(int half, const float* r) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) part[8 * half + i] = r[i];
+  }
+};
+
+// One of two.
+template <class Rounded>
+__device__ __forceinline__ Rounded select(bool first, const Rounded& a, const Rounded& b) {
+  Rounded chosen;
+#pragma unroll
+  for (int i = 0; i < int(sizeof(a.part) / sizeof(a.part[0])); ++i) chosen.part[i] = first ? a.part[i] : b.part[i];
+  return chosen;
 }
 
 // --- the filter ---
@@ -266,72 +309,85 @@ constexpr float kSmallest = 0x1p-50f, kLargest = 0x1p50f;
 
 // What a row's blocks share.
 struct Row {
-  GlobalScales scales;
+  float amax, encode, decode;  // GlobalScales
   float unit;     // decode / kOne, or 0 for an amax of 0: then the errors tie, and the specification decides
   float largest;  // kLargest, or 0 for a row without a finite amax: none of its blocks is in the filter's range
 };
 
-// A quantized block: e2m1 magnitudes times kOne, the block scale, and x's words where its signs count, else zeros.
+// A quantized block. What is to be written of its numbers decides how they are kept: few registers, many warps.
+template <class Rounded>
 struct Chosen {
-  float r[kBlock];
+  Rounded rounded;
   Scale scale;
 };
 
-template <Metric metric, bool adaptive>
-__device__ __forceinline__ bool choose(const Row& row, Raw& raw, Chosen& out) {
+// A block in the filter's range, or one that becomes zeros (then without the signs in `raw`); false where only the
+// specification can tell.
+template <Metric metric, bool adaptive, class Rounded>
+__device__ __forceinline__ bool choose(const Row& row, Raw& raw, Chosen<Rounded>& out) {
   const Raw unsigned_raw = magnitudes(raw);
   const float v = bits<float>(largest_bits(unsigned_raw));
   if (v >= kSmallest && v <= row.largest) {
     float a[kBlock];
     unpack(unsigned_raw, a);
     if constexpr (adaptive) {
-      const float b = sixth(v) * row.scales.encode;
+      const float b = sixth(v) * row.encode;
       Scale scale6, scale4;
       round_scales(b, b * 1.5f, scale6, scale4);
       // As magnitudes of kOne: a power of two, which moves no rounding here.
-      const float inverse6 = reciprocal(scale6.value * row.scales.decode) * kOne;
-      const float inverse4 = reciprocal(scale4.value * row.scales.decode) * kOne;
+      const float inverse6 = reciprocal(scale6.value * row.decode) * kOne;
+      const float inverse4 = reciprocal(scale4.value * row.decode) * kOne;
       const float unit6 = scale6.value * row.unit, unit4 = scale4.value * row.unit;
-      float r6[kBlock], r4[kBlock], error6 = 0.0f, error4 = 0.0f;
+      float error6 = 0.0f, error4 = 0.0f;
+      Rounded rounded6, rounded4;
 #pragma unroll
-      for (int i = 0; i < kBlock; i += 2) {
-        round_pair(a[i] * inverse6, a[i + 1] * inverse6, r6[i], r6[i + 1]);
-        round_pair(a[i] * inverse4, a[i + 1] * inverse4, r4[i], r4[i + 1]);
+      for (int half = 0; half < 2; ++half) {
+        const float* x = a + 8 * half;
+        float r6[8], r4[8];
 #pragma unroll
-        for (int j = i; j < i + 2; ++j) {
-          Filter<metric>::add(error6, fmaf(r6[j], unit6, -a[j]));
-          Filter<metric>::add(error4, fmaf(r4[j], unit4, -a[j]));
+        for (int i = 0; i < 8; i += 2) {
+          round_pair(x[i] * inverse6, x[i + 1] * inverse6, r6[i], r6[i + 1]);
+          round_pair(x[i] * inverse4, x[i + 1] * inverse4, r4[i], r4[i + 1]);
         }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          Filter<metric>::add(error6, fmaf(r6[i], unit6, -x[i]));
+          Filter<metric>::add(error4, fmaf(r4[i], unit4, -x[i]));
+        }
+        rounded6.set(half, r6);
+        rounded4.set(half, r4);
       }
       const bool four = error4 < error6;
       out.scale.value = four ? scale4.value : scale6.value;
       out.scale.byte = four ? scale4.byte : scale6.byte;
-#pragma unroll
-      for (int i = 0; i < kBlock; ++i) out.r[i] = four ? r4[i] : r6[i];
+      out.rounded = select(four, rounded4, rounded6);
       // Candidate 4 clips only where 6 does; a block scale of 0 makes the product infinite, or NaN. Where both scales
       // saturate, the candidates are one.
       return v * inverse6 < 7.0f * kOne && (fabsf(error4 - error6) > Filter<metric>::margin(error6, error4, v) ||
                                             scale4.value == scale6.value);
     } else {
       Scale unused;
-      const float b = unrounded_scale<false>(v, row.scales.encode);
+      const float b = unrounded_scale<false>(v, row.encode);
       round_scales(b, b, out.scale, unused);
-      const float inverse = reciprocal(out.scale.value * row.scales.decode) * kOne;
+      const float inverse = reciprocal(out.scale.value * row.decode) * kOne;
 #pragma unroll
-      for (int i = 0; i < kBlock; i += 2) round_pair(a[i] * inverse, a[i + 1] * inverse, out.r[i], out.r[i + 1]);
+      for (int half = 0; half < 2; ++half) {
+        float r[8];
+#pragma unroll
+        for (int i = 0; i < 8; i += 2) {
+          round_pair(a[8 * half + i] * inverse, a[8 * half + i + 1] * inverse, r[i], r[i + 1]);
+        }
+        out.rounded.set(half, r);
+      }
       return v * inverse < 7.0f * kOne;
     }
   }
-  // Zeros without signs: what a block of zeros becomes, and every block of a row without a finite amax.
+  // A block of zeros, and every block of a row without a finite amax.
+  if (v != 0.0f && row.largest != 0.0f) return false;
+  out = {};
 #pragma unroll
-  for (int i = 0; i < kBlock; ++i) out.r[i] = 0.0f;
-  out.scale = {0.0f, 0};
-  if (v == 0.0f || !row.scales.finite) {
-#pragma unroll
-    for (int i = 0; i < Raw::kWords; ++i) raw.word[i] = 0;
-    return true;
-  }
-  return false;
+  for (int i = 0; i < Raw::kWords; ++i) raw.word[i] = 0;
+  return true;
 }
 
 // One value of what is quantized.
@@ -348,33 +404,6 @@ __device__ __forceinline__ float read_one(const void* row, int index, int column
   return kDtype == Dtype::fp16 ? fp16_value(fp16_bits(value)) : value;
 }
 
-// A block that the filter leaves open, by the specification: the whole warp, a lane for each value and candidate, for the
-// lane `owner`. Together because such a block is rare: alone, one lane would keep 31 waiting for ten times as long.
-template <Metric metric, bool adaptive, bool gated>
-__device__ __forceinline__ float settle(const Quantize& q, const Row& row, const void* x, int block, int owner, Scale& scale) {
-  const int lane = threadIdx.x % kWarp, i = lane % kBlock;
-  block = __shfl_sync(~0u, block, owner);
-  const float a = magnitude(read_one<gated>(x, block * kBlock + i, static_cast<int>(q.columns)));
-  const float v = bits<float>(__reduce_max_sync(~0u, bits<uint32_t>(a)));
-  const float b = unrounded_scale<adaptive>(v, row.scales.encode);
-  const bool four = adaptive && lane >= kBlock;
-  float sf = block_scale(four ? b * 1.5f : b);
-  float r = round_e2m1(a * inverse_scale(sf, row.scales.decode));
-  if constexpr (adaptive) {
-    const float term = error_term<metric>(q.recipe.domain, q.recipe.encoded_amax, r, sf, a, row.scales.amax,
-                                          row.scales.encode, row.scales.decode);
-    float error = 0.0f;
-    for (int j = 0; j < kBlock; ++j) error = add_error<metric>(error, __shfl_sync(~0u, term, (four ? kBlock : 0) + j));
-    const bool four_wins = __shfl_sync(~0u, error, kBlock) < __shfl_sync(~0u, error, 0);
-    r = __shfl_sync(~0u, r, (four_wins ? kBlock : 0) + i);
-    sf = __shfl_sync(~0u, sf, four_wins ? kBlock : 0);
-  }
-  const bool whole = is_finite(v);
-  scale.value = whole ? sf : bits<float>(0x7FC00000u);
-  scale.byte = e4m3_byte(scale.value);
-  return whole ? r * kOne : 0.0f;
-}
-
 // --- rows ---
 
 // The group of threads that a row belongs to.
@@ -384,10 +413,8 @@ struct Group {
   int slot;     // the group's number within the CTA
 };
 
-constexpr int kMaxGroups = kThreads / kWarp;
-
 __device__ __forceinline__ Group group_of_thread(int threads) {
-  const int slot = static_cast<int>(threadIdx.x) / threads;
+  const int slot = blockDim.x == threads ? 0 : static_cast<int>(threadIdx.x) / threads;
   return {threads, static_cast<int>(threadIdx.x) - slot * threads, slot};
 }
 
@@ -421,76 +448,166 @@ __device__ __forceinline__ const void* input_row(const Quantize& q, int64_t row)
   return static_cast<const char*>(q.x) + row * q.columns * ((gated ? 2 : 1) * (kDtype == Dtype::fp32 ? 4 : 2));
 }
 
-// Largest magnitude, as bits, of the blocks of a row that this thread takes.
+// Largest magnitude, as bits, of the blocks of a row that this thread takes. With a stash, what was read is kept there.
 template <bool gated>
-__device__ __forceinline__ uint32_t own_largest(const Quantize& q, int64_t row, const Group& group) {
+__device__ __forceinline__ uint32_t own_largest(const Quantize& q, int64_t row, const Group& group, Raw* stash) {
   const void* x = input_row<gated>(q, row);
   const int blocks = static_cast<int>(q.columns / kBlock);
+  // Several loads on their way before the first is looked at: this pass waits for memory, not for arithmetic.
+  constexpr int kAhead = gated ? 1 : 128 / static_cast<int>(sizeof(Raw));
   uint32_t found = 0;
-  for (int block = group.lane; block < blocks; block += group.threads) {
-    found = max(found, largest_bits(magnitudes(read<gated>(x, block, blocks))));
+  for (int first = group.lane; first < blocks; first += kAhead * group.threads) {
+    Raw raw[kAhead];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      raw[j] = read<gated>(x, min(first + j * group.threads, blocks - 1), blocks);  // the last one again does no harm
+    }
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      if (gated && stash != nullptr) store(stash, first + j * group.threads, raw[j]);
+      found = max(found, largest_bits(magnitudes(raw[j])));
+    }
   }
   return found;
 }
 
 template <bool gated>
-__device__ __forceinline__ uint32_t find_amax(const Quantize& q, int64_t row, const Group& group) {
-  __shared__ uint32_t largest[kMaxGroups];
-  if (group.lane == 0) largest[group.slot] = 0;
-  __syncthreads();
-  const uint32_t found = __reduce_max_sync(~0u, row >= 0 && row < q.rows ? own_largest<gated>(q, row, group) : 0);
-  if (group.lane % kWarp == 0) atomicMax(&largest[group.slot], found);
-  __syncthreads();
-  return largest[group.slot];
+__device__ __forceinline__ uint32_t find_amax(const Quantize& q, int64_t row, const Group& group, Raw* stash) {
+  __shared__ uint32_t largest[kMaxThreads / kWarp];
+  const uint32_t found = __reduce_max_sync(~0u, own_largest<gated>(q, row, group, stash));
+  if (group.threads == kWarp) {
+    __syncwarp();  // for the stash
+    return found;
+  }
+  const int warps = group.threads / kWarp, first = group.slot * warps;
+  if (group.lane % kWarp == 0) largest[first + group.lane / kWarp] = found;
+  __syncthreads();  // of all groups of the CTA: a barrier for each would leave room for four CTAs on a multiprocessor
+  const int lane = group.lane % kWarp;
+  return __reduce_max_sync(~0u, lane < warps ? largest[first + lane] : 0u);
 }
 
 // e2m1 * block_scale, exact in every type.
-__device__ __forceinline__ Raw values_of(const Chosen& chosen, const Raw& raw) {
+__device__ __forceinline__ Raw values_of(const Chosen<Numbers>& chosen, const Raw& raw) {
   float value[kBlock];
   const float scale = chosen.scale.value * (1.0f / kOne);
 #pragma unroll
-  for (int i = 0; i < kBlock; ++i) value[i] = chosen.r[i] * scale;
+  for (int i = 0; i < kBlock; ++i) value[i] = chosen.rounded.part[i] * scale;
   Raw out = pack(value);
-  constexpr uint32_t kNan = kDtype == Dtype::fp32 ? 0x7FC00000u : (kDtype == Dtype::bf16 ? 0x7FC07FC0u : 0x7E007E00u);
 #pragma unroll
-  for (int i = 0; i < Raw::kWords; ++i) {
-    out.word[i] |= raw.word[i] & kSigns;
-    if (chosen.scale.byte == kE4m3Nan) out.word[i] = kNan;
-  }
+  for (int i = 0; i < Raw::kWords; ++i) out.word[i] |= raw.word[i] & kSigns;
   return out;
 }
 
-__device__ __forceinline__ uint2 codes_of(const Chosen& chosen, const Raw& raw) {
+__device__ __forceinline__ uint2 codes_of(const Chosen<Codes>& chosen, const Raw& raw) {
   uint32_t word[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     uint32_t even, odd;
     sign_bytes(raw, 8 * i, even, odd);
-    word[i] = code_word(chosen.r + 8 * i) | (even >> 4 & 0x08080808u) | (odd & 0x80808080u);
+    word[i] = chosen.rounded.word(i) | (even >> 4 & 0x08080808u) | (odd & 0x80808080u);
   }
   return make_uint2(word[0], word[1]);
 }
 
-// One row a group. `amax` is q.amax, or what the pass before found; `backwards` starts with the rows that the pass before
-// read last, which are still in the L2.
+// Where a row's results go.
+struct Target {
+  uint2* packed;       // a block each
+  uint8_t* scales;     // in every layout four lie together, and the next four at a fixed distance; null: nowhere
+  int scale_stride;    // that distance
+  Raw* values;         // a block each
+};
+
+__device__ __forceinline__ void write_scale(const Target& to, int block, uint32_t byte) {
+  if (to.scales != nullptr) to.scales[(block >> 2) * to.scale_stride + (block & 3)] = static_cast<uint8_t>(byte);
+}
+
+__device__ __forceinline__ void write(const Target& to, int block, const Chosen<Codes>& chosen, const Raw& raw) {
+  to.packed[block] = codes_of(chosen, raw);
+  write_scale(to, block, chosen.scale.byte);
+}
+
+__device__ __forceinline__ void write(const Target& to, int block, const Chosen<Numbers>& chosen, const Raw& raw) {
+  store(to.values, block, values_of(chosen, raw));
+}
+
+// A block that the filter leaves open, by the specification: the whole warp, a lane for each value and candidate, and
+// written by it. Together because such a block is rare: alone, one lane would keep 31 waiting for ten times as long.
 template <Metric metric, bool adaptive, bool gated, bool as_values>
-__global__ void __launch_bounds__(kMaxThreads, 1)
-    quantize_rows(const __grid_constant__ Quantize q, const float* amax, int group_threads, int scale_stride,
-                  bool backwards) {
-  const Group group = group_of_thread(group_threads);
-  const int64_t index = int64_t(blockIdx.x) * (blockDim.x / group_threads) + group.slot;
-  const int64_t row = backwards ? q.rows - 1 - index : index;
-  const bool inside = index < q.rows;
+__device__ __forceinline__ void settle(const Quantize& q, const Row& row, const void* x, const Raw* stash, int block,
+                                       const Target& to) {
+  const int lane = threadIdx.x % kWarp, i = lane % kBlock, at = block * kBlock + i;
+  const float value = gated && stash != nullptr ? read_one<false>(stash, at, 0)
+                                                : read_one<gated>(x, at, static_cast<int>(q.columns));
+  const float a = magnitude(value);
+  const float v = bits<float>(__reduce_max_sync(~0u, bits<uint32_t>(a)));
+  const float b = unrounded_scale<adaptive>(v, row.encode);
+  const bool four = adaptive && lane >= kBlock;
+  float sf = block_scale(four ? b * 1.5f : b);
+  float r = round_e2m1(a * inverse_scale(sf, row.decode));
+  if constexpr (adaptive) {
+    const float term = error_term<metric>(q.recipe.domain, q.recipe.encoded_amax, r, sf, a, row.amax, row.encode,
+                                          row.decode);
+    float error = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kBlock; ++j) error = add_error<metric>(error, __shfl_sync(~0u, term, (four ? kBlock : 0) + j));
+    const bool four_wins = __shfl_sync(~0u, error, kBlock) < __shfl_sync(~0u, error, 0);
+    r = __shfl_sync(~0u, r, (four_wins ? kBlock : 0) + i);
+    sf = __shfl_sync(~0u, sf, four_wins ? kBlock : 0);
+  }
+  const bool whole = is_finite(v);
+  if constexpr (as_values) {
+    const float product = bits<float>(bits<uint32_t>(r * sf) | (bits<uint32_t>(value) & kSign));
+    const float result = whole ? product : bits<float>(0x7FC00000u);
+    if (lane >= kBlock) return;
+    if constexpr (kDtype == Dtype::fp32) {
+      reinterpret_cast<float*>(to.values)[at] = result;
+    } else {
+      reinterpret_cast<uint16_t*>(to.values)[at] = kDtype == Dtype::bf16 ? bf16_bits(result) : fp16_bits(result);
+    }
+  } else {
+    const uint32_t code = whole ? (e2m1_code(r) | bits<uint32_t>(value) >> 31 << 3) << 4 * (i % 8) : 0u;
+    const uint32_t low = __reduce_or_sync(~0u, i < 8 ? code : 0u), high = __reduce_or_sync(~0u, i < 8 ? 0u : code);
+    if (lane != 0) return;
+    to.packed[block] = make_uint2(low, high);
+    write_scale(to, block, whole ? e4m3_byte(sf) : kE4m3Nan);
+  }
+}
+
+// How rows are spread over threads.
+struct Shape {
+  int group;          // threads that share a row
+  int groups;         // of a CTA
+  int parts;          // CTAs that share a row (the grid's y): each finds the amax for itself and quantizes its part
+  int scale_stride;   // from the scales of four blocks to those of the next four
+  bool backwards;     // the last row first: the pass before read it last, and it is still in the L2
+  unsigned stash;     // bytes of shared memory for a row of silu(gate) * up, or 0: then it is computed twice
+};
+
+// One row a group, or a part of it. `amax` is q.amax, or what the pass before found.
+template <Metric metric, bool adaptive, bool gated, bool as_values>
+__global__ void __maxnreg__((registers<gated, as_values>()))
+    quantize_rows(const __grid_constant__ Quantize q, const float* amax, const Shape shape) {
+  using Rounded = std::conditional_t<as_values, Numbers, Codes>;
+  extern __shared__ uint4 stashes[];
+  const Group group = group_of_thread(shape.group);
+  const int64_t index = int64_t(blockIdx.x) * shape.groups + group.slot;
+  const int64_t row = shape.backwards ? q.rows - 1 - index : index;
+  const bool inside = index < q.rows;  // of whole groups
+  Raw* stash = nullptr;
+  if (gated && shape.stash != 0) {
+    stash = reinterpret_cast<Raw*>(reinterpret_cast<char*>(stashes) + group.slot * shape.stash);
+  }
 
   Place place = {0, row};
   uint32_t row_amax = 0;
   if (q.scope == Scope::token) {
-    row_amax = amax == nullptr ? find_amax<gated>(q, row, group)
-                               : (inside ? bits<uint32_t>(amax[q.amax_is_shared ? 0 : row]) : 0);
+    if (!inside) return;
+    row_amax = amax == nullptr ? find_amax<gated>(q, row, group, stash)
+                               : bits<uint32_t>(amax[q.amax_is_shared ? 0 : row]);
   } else if (q.scope == Scope::expert) {
     place = find_expert(q, inside ? row : -1);
     row_amax = place.expert < 0 ? 0x7FC00000u : bits<uint32_t>(amax[place.expert]);
-    if (blockIdx.x == 0) {
+    if (blockIdx.x == 0 && blockIdx.y == 0) {
       for (int64_t e = threadIdx.x; e < q.experts; e += blockDim.x) {
         q.decode_scale[e] = stored_decode_scale(global_scales(amax[e], q.recipe.encoded_amax));
       }
@@ -498,59 +615,43 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   } else {
     row_amax = bits<uint32_t>(amax[0]);
   }
-  Row shared = {global_scales(bits<float>(row_amax), q.recipe.encoded_amax), 0.0f, 0.0f};
-  shared.unit = shared.scales.amax == 0.0f ? 0.0f : shared.scales.decode * (1.0f / kOne);
-  shared.largest = shared.scales.finite ? kLargest : 0.0f;
-  if (group.lane == 0) {
-    if (q.scope == Scope::token && inside) q.decode_scale[row] = stored_decode_scale(shared.scales);
-    if (q.scope == Scope::tensor && index == 0) q.decode_scale[0] = stored_decode_scale(shared.scales);
+  const GlobalScales global = global_scales(bits<float>(row_amax), q.recipe.encoded_amax);
+  const Row shared = {global.amax, global.encode, global.decode,
+                      global.amax == 0.0f ? 0.0f : global.decode * (1.0f / kOne), global.finite ? kLargest : 0.0f};
+  if (group.lane == 0 && blockIdx.y == 0) {
+    if (q.scope == Scope::token) q.decode_scale[row] = stored_decode_scale(global);
+    if (q.scope == Scope::tensor && index == 0) q.decode_scale[0] = stored_decode_scale(global);
   }
   if (!inside) return;
 
   const int blocks = static_cast<int>(q.columns / kBlock);
   const void* x = input_row<gated>(q, row);
-  uint2* packed = reinterpret_cast<uint2*>(q.packed) + row * blocks;
-  Raw* values = static_cast<Raw*>(q.values) + row * blocks;
-  // In every layout four scales lie together, and the next four at a fixed distance (scale_stride).
-  uint8_t* scales = q.block_scale + scale_offset(q.layout, place.scale_row, 0, padded_scale_columns(q.layout, blocks));
+  Target to = {reinterpret_cast<uint2*>(q.packed) + row * blocks, nullptr, shape.scale_stride,
+               static_cast<Raw*>(q.values) + row * blocks};
+  if (place.scale_row >= 0) {
+    to.scales = q.block_scale + scale_offset(q.layout, place.scale_row, 0, padded_scale_columns(q.layout, blocks));
+  }
+  const int part = (blocks + shape.parts - 1) / shape.parts, begin = static_cast<int>(blockIdx.y) * part;
+  const int end = min(blocks, begin + part);
   // Whole warps, for settle.
-  for (int first = group.lane / kWarp * kWarp; first < blocks; first += group.threads) {
+  for (int first = begin + group.lane / kWarp * kWarp; first < end; first += group.threads) {
     const int block = first + group.lane % kWarp;
-    const bool mine = block < blocks;
-    Raw raw = {};
-    Chosen chosen = {};
-    bool decided = true;
-    if (mine) {
-      raw = read<gated>(x, block, blocks);
-      decided = choose<metric, adaptive>(shared, raw, chosen);
+    bool open = false;
+    if (block < end) {
+      Raw raw = gated && stash != nullptr ? load(stash, block) : read<gated>(x, block, blocks);
+      Chosen<Rounded> chosen;
+      open = !choose<metric, adaptive>(shared, raw, chosen);
+      if (!open) write(to, block, chosen, raw);
     }
-    for (uint32_t open = __ballot_sync(~0u, !decided); open != 0; open &= open - 1) {
-      const int owner = __ffs(open) - 1;
-      Scale scale;
-      const float r = settle<metric, adaptive, gated>(q, shared, x, block, owner, scale);
-      const bool own = group.lane % kWarp == owner;
-      if (own) chosen.scale = scale;
-#pragma unroll
-      for (int i = 0; i < kBlock; ++i) {
-        const float settled = __shfl_sync(~0u, r, i);
-        chosen.r[i] = own ? settled : chosen.r[i];
-      }
-#pragma unroll
-      for (int i = 0; i < Raw::kWords; ++i) raw.word[i] = own && scale.byte == kE4m3Nan ? 0u : raw.word[i];
-    }
-    if (!mine) continue;
-    if constexpr (as_values) {
-      store(values, block, values_of(chosen, raw));
-    } else {
-      packed[block] = codes_of(chosen, raw);
-      if (place.scale_row >= 0) scales[(block >> 2) * scale_stride + (block & 3)] = static_cast<uint8_t>(chosen.scale.byte);
+    for (uint32_t left = __ballot_sync(~0u, open); left != 0; left &= left - 1) {
+      settle<metric, adaptive, gated, as_values>(q, shared, x, stash, first + __ffs(left) - 1, to);
     }
   }
 }
 
 // The largest magnitude of the tensor, or of each expert's rows, into zeroed memory.
 template <bool gated>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__global__ void __launch_bounds__(kMaxThreads, 2)
     find_largest(const __grid_constant__ Quantize q, uint32_t* amax, int group_threads) {
   const Group group = group_of_thread(group_threads);
   const int64_t groups = blockDim.x / group_threads;
@@ -559,10 +660,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     if (q.scope == Scope::expert) {
       const int expert = find_expert(q, row).expert;
       if (expert < 0) continue;
-      found = __reduce_max_sync(~0u, own_largest<gated>(q, row, group));
+      found = __reduce_max_sync(~0u, own_largest<gated>(q, row, group, nullptr));
       if (group.lane % kWarp == 0) atomicMax(&amax[expert], found);
     } else {
-      found = max(found, own_largest<gated>(q, row, group));
+      found = max(found, own_largest<gated>(q, row, group, nullptr));
     }
   }
   if (q.scope != Scope::expert) {
@@ -571,8 +672,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   }
 }
 
-__global__ void __launch_bounds__(kThreads) dequantize_blocks(const __grid_constant__ Dequantize d) {
-  const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x, per_row = d.columns / kBlock;
+__global__ void __launch_bounds__(kDequantizeThreads) dequantize_blocks(const __grid_constant__ Dequantize d) {
+  const int64_t at = int64_t(blockIdx.x) * kDequantizeThreads + threadIdx.x, per_row = d.columns / kBlock;
   if (at >= d.rows * per_row) return;
   const uint2 packed = reinterpret_cast<const uint2*>(d.packed)[at];
   const float sf = e4m3_value(d.block_scale[at]);
@@ -588,7 +689,7 @@ __global__ void __launch_bounds__(kThreads) dequantize_blocks(const __grid_const
 
 // --- launching ---
 
-using Kernel = void (*)(Quantize, const float*, int, int, bool);
+using Kernel = void (*)(Quantize, const float*, Shape);
 
 template <bool gated, bool as_values>
 Kernel kernel_of(const Recipe& recipe) {
@@ -600,51 +701,64 @@ Kernel kernel_of(const Recipe& recipe) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-struct Shape {
-  int group, block;  // threads
-};
-
-// A row takes as many threads as it has blocks, in whole warps, up to a CTA's; with few rows, up to the largest CTA's.
-Shape shape_of(const Quantize& q, bool few_rows) {
-  const int64_t blocks = ceil_div(q.columns / kBlock, kWarp) * kWarp;
-  const int most = few_rows ? kMaxThreads : kThreads;
-  const int turns = static_cast<int>(ceil_div(blocks, most));
-  const int group = static_cast<int>(ceil_div(ceil_div(blocks, turns), kWarp) * kWarp);
-  return {group, group <= kThreads / 2 ? kThreads / group * group : group};
+// With many rows a thread takes as many blocks as leave the rows in flight in the L1 between finding their amax and
+// reading them again, so that what is computed once a row and warp weighs little. With fewer it takes fewer, until a row
+// has a thread for every block, and then several CTAs.
+Shape shape_of(const Quantize& q) {
+  constexpr int64_t kMultiprocessors = 132, kResidentThreads = kMultiprocessors * 32 * kWarp;  // of an H200
+  constexpr int64_t kBytesInL1 = 128;                                                        // a thread
+  const int64_t blocks = q.columns / kBlock, rows = q.rows > 0 ? q.rows : 1;
+  const int64_t bytes = kBlock * size_of(kDtype) * (q.gated ? 2 : 1);
+  const int64_t least = ceil_div(blocks * bytes, kBytesInL1), wanted = kResidentThreads / rows;
+  int64_t threads = least > wanted ? least : wanted;
+  threads = threads < blocks ? threads : blocks;
+  threads = ceil_div(threads, kWarp) * kWarp;
+  Shape shape = {};
+  shape.group = static_cast<int>(threads < kMaxThreads ? threads : kMaxThreads);
+  shape.groups = shape.group < kThreads ? kThreads / shape.group : 1;
+  const int64_t most = ceil_div(blocks, kThreads), spare = kMultiprocessors / rows;
+  shape.parts = static_cast<int>(most < spare ? most : spare);
+  shape.parts = shape.parts > 1 ? shape.parts : 1;
+  shape.scale_stride = 4 * static_cast<int>(tile_rows(q.layout));
+  constexpr int64_t kSharedMemory = 48 << 10;
+  const int64_t stash = q.columns * size_of(kDtype);
+  const bool twice = q.gated && q.scope == Scope::token && q.amax == nullptr;
+  if (twice && stash * shape.groups <= kSharedMemory) shape.stash = static_cast<unsigned>(stash);
+  return shape;
 }
 
 }  // namespace
 
 cudaError_t FOS_ENTRY(quantize)(const Quantize& q, float* workspace, cudaStream_t stream) {
-  constexpr int kFewRows = 256;  // at most about two a multiprocessor of the largest chips
-  const Shape shape = shape_of(q, q.rows <= kFewRows);
+  Shape shape = shape_of(q);
+  const int threads = shape.group * shape.groups;
   const float* amax = q.amax;
   if (workspace != nullptr) {
     const int64_t numbers = q.scope == Scope::expert ? q.experts : 1;
     if (const cudaError_t error = cudaMemsetAsync(workspace, 0, numbers * sizeof(float), stream)) return error;
-    const int64_t blocks = ceil_div(q.rows, shape.block / shape.group);
-    constexpr int64_t kResident = 132 * 8;  // enough to fill any chip; each then takes several rows
-    const unsigned grid = static_cast<unsigned>(blocks < kResident ? blocks : kResident);
+    constexpr int64_t kResident = 132 * 16;  // CTAs that fill any chip; each then takes several rows
+    const int64_t grid = ceil_div(q.rows, shape.groups);
     if (q.rows > 0) {
-      (q.gated ? find_largest<true> : find_largest<false>)<<<grid, shape.block, 0, stream>>>(
+      (q.gated ? find_largest<true> : find_largest<false>)<<<static_cast<unsigned>(grid < kResident ? grid : kResident),
+                                                             threads, 0, stream>>>(
           q, reinterpret_cast<uint32_t*>(workspace), shape.group);
     }
     amax = workspace;
+    shape.backwards = true;
   }
   const Kernel kernel = q.gated ? (q.values ? kernel_of<true, true>(q.recipe) : kernel_of<true, false>(q.recipe))
                                 : (q.values ? kernel_of<false, true>(q.recipe) : kernel_of<false, false>(q.recipe));
   // Without rows one CTA still writes the decode scales.
-  const int64_t grid = ceil_div(q.rows > 0 ? q.rows : 1, shape.block / shape.group);
-  const int scale_stride = 4 * static_cast<int>(tile_rows(q.layout));
-  kernel<<<static_cast<unsigned>(grid), shape.block, 0, stream>>>(q, amax, shape.group, scale_stride,
-                                                                  workspace != nullptr);
+  const dim3 grid(static_cast<unsigned>(ceil_div(q.rows > 0 ? q.rows : 1, shape.groups)), shape.parts);
+  kernel<<<grid, threads, shape.stash * static_cast<unsigned>(shape.groups), stream>>>(q, amax, shape);
   return cudaGetLastError();
 }
 
 cudaError_t FOS_ENTRY(dequantize)(const Dequantize& d, cudaStream_t stream) {
   const int64_t blocks = d.rows * (d.columns / kBlock);
   if (blocks > 0) {
-    dequantize_blocks<<<static_cast<unsigned>(ceil_div(blocks, kThreads)), kThreads, 0, stream>>>(d);
+    const int64_t grid = ceil_div(blocks, kDequantizeThreads);
+    dequantize_blocks<<<static_cast<unsigned>(grid), kDequantizeThreads, 0, stream>>>(d);
   }
   return cudaGetLastError();
 }
