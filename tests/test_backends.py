@@ -189,7 +189,7 @@ def parts(q: NVFP4Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def ops_quantize_values(x: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    values, token_scale = torch.ops.fouroversix.quantize_values(x, recipe.key)
+    values, token_scale = torch.ops.fouroversix.quantize_values(x, None, recipe.key)
     return values, token_scale
 
 
@@ -204,6 +204,25 @@ def test_values_for_a_product_are_those_of_the_codes(recipe: Recipe) -> None:
         for values, token_scale in (ops_quantize_values(x, recipe), reference.quantize_values(x, recipe)):
             assert_same_tensor("values", values, expected)
             assert_same_tensor("token_scale", token_scale, q.decode_scale)
+
+
+@by_recipe
+@pytest.mark.parametrize("amax", [0.5, 20.0, 0.0])
+def test_a_static_amax_scales_every_row_alike(recipe: Recipe, amax: float) -> None:
+    # Calibrated scales do not see the live rows: some are larger than the amax, and saturate.
+    clean, static = mixed_magnitudes(9, 128, seed=18), torch.tensor(amax)
+    clean[3], clean[5, 9] = 0, math.nan
+    for dtype in DTYPES:
+        x = clean.to(dtype)
+        q = reference.quantize(x, recipe, "tensor", static)
+        expected = reference.unscaled(q.packed, q.block_scale).to(dtype)
+        for values, token_scale in (
+            torch.ops.fouroversix.quantize_values(x, static, recipe.key),
+            reference.quantize_values(x, recipe, static),
+        ):
+            assert_same_tensor("NaN", values.isnan(), expected.isnan())
+            assert_same_tensor("values", values.nan_to_num(nan=9.0), expected.nan_to_num(nan=9.0))
+            assert_same_tensor("token_scale", token_scale, q.decode_scale.expand(9))
 
 
 @pytest.mark.parametrize("lead", [(), (3,)], ids=["matrix", "experts"])
@@ -361,8 +380,8 @@ def test_quantize_operators_keep_their_schemas_and_fakes(shape: tuple[int, int],
     check("quantize", x, None, "tensor", Recipe().key)
     check("quantize", x.t().contiguous().t(), None, "token", Recipe().key)
     check("quantize", x, torch.tensor(4.0), "tensor", Recipe(scale_max=448).key)
-    check("quantize_values", x, Recipe().key)
-    check("quantize_values", x.t().contiguous().t(), Recipe().key)
+    check("quantize_values", x, None, Recipe().key)
+    check("quantize_values", x.t().contiguous().t(), torch.tensor(2.0), Recipe().key)
     q = reference.quantize(x, Recipe(), "token")
     check("dequantize", q.packed, q.block_scale.view(torch.uint8), q.decode_scale, dtype)
 
@@ -384,7 +403,8 @@ def test_linear_and_moe_operators_keep_their_schemas_and_fakes(
         check("linear", values, *as_arguments(prepare(weight(32, 64))), token_scale, bias, dtype)
     w13, w2 = (as_arguments(prepare(w)) for w in experts())
     key = None if activations is None else activations.key
-    check("moe", x, *w13, *w2, *routing(rows), key, "silu", False)
+    static = None if activations is None else torch.tensor(3.0)
+    check("moe", x, *w13, *w2, *routing(rows), key, "silu", False, static, static)
 
 
 @pytest.fixture

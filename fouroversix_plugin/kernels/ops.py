@@ -22,13 +22,13 @@ from fouroversix_plugin.recipe import BLOCK_SIZE, Granularity, Recipe
 
 _SCHEMAS = (
     "quantize(Tensor x, Tensor? amax, str granularity, str recipe) -> (Tensor, Tensor, Tensor)",
-    "quantize_values(Tensor x, str recipe) -> (Tensor, Tensor)",
+    "quantize_values(Tensor x, Tensor? amax, str recipe) -> (Tensor, Tensor)",
     "dequantize(Tensor packed, Tensor block_scale, Tensor decode_scale, ScalarType dtype) -> Tensor",
     "linear(Tensor x, Tensor weight, Tensor? block_scale, Tensor decode_scale, Tensor? token_scale, Tensor? bias, "
     "ScalarType dtype) -> Tensor",
     "moe(Tensor x, Tensor w13, Tensor? w13_block_scale, Tensor w13_decode_scale, Tensor w2, Tensor? w2_block_scale, "
     "Tensor w2_decode_scale, Tensor topk_weights, Tensor topk_ids, str? activations, str activation, "
-    "bool apply_router_weight_on_input) -> Tensor",
+    "bool apply_router_weight_on_input, Tensor? input_amax, Tensor? inner_amax) -> Tensor",
 )
 
 _library = torch.library.Library("fouroversix", "DEF")
@@ -77,11 +77,13 @@ def dequantize(q: NVFP4Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return out
 
 
-def linear(x: Tensor, w: PreparedWeight, activations: Recipe | None, bias: Tensor | None) -> Tensor:
+def linear(
+    x: Tensor, w: PreparedWeight, activations: Recipe | None, bias: Tensor | None, input_amax: Tensor | None = None
+) -> Tensor:
     """x [M, K] times a prepared weight; see :func:`fouroversix_plugin.reference.linear`."""
     values, token_scale = x, None
     if activations is not None:
-        values, token_scale = torch.ops.fouroversix.quantize_values(x, activations.key)
+        values, token_scale = torch.ops.fouroversix.quantize_values(x, input_amax, activations.key)
     out: Tensor = torch.ops.fouroversix.linear(
         values, w.weight, w.block_scale, w.decode_scale, token_scale, bias, x.dtype
     )
@@ -97,6 +99,8 @@ def moe(
     activations: Recipe | None,
     activation: str,
     apply_router_weight_on_input: bool,
+    input_amax: Tensor | None = None,
+    inner_amax: Tensor | None = None,
 ) -> Tensor:
     """Mixture of experts on prepared weights; see :func:`fouroversix_plugin.reference.moe`."""
     out: Tensor = torch.ops.fouroversix.moe(
@@ -112,6 +116,8 @@ def moe(
         None if activations is None else activations.key,
         activation,
         apply_router_weight_on_input,
+        input_amax,
+        inner_amax,
     )
     return out
 
@@ -124,8 +130,8 @@ def _cpu_quantize(x: Tensor, amax: Tensor | None, granularity: Granularity, reci
     return q.packed, q.block_scale.view(torch.uint8), q.decode_scale
 
 
-def _cpu_quantize_values(x: Tensor, recipe: str) -> tuple[Tensor, Tensor]:
-    return cpu.quantize_values(x, Recipe.from_key(recipe))
+def _cpu_quantize_values(x: Tensor, amax: Tensor | None, recipe: str) -> tuple[Tensor, Tensor]:
+    return cpu.quantize_values(x, Recipe.from_key(recipe), amax)
 
 
 def _cpu_dequantize(packed: Tensor, block_scale: Tensor, decode_scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -158,6 +164,8 @@ def _cpu_moe(
     activations: str | None,
     activation: str,
     apply_router_weight_on_input: bool,
+    input_amax: Tensor | None,
+    inner_amax: Tensor | None,
 ) -> Tensor:
     return cpu.moe(
         x,
@@ -170,6 +178,8 @@ def _cpu_moe(
         None if activations is None else Recipe.from_key(activations),
         activation,
         apply_router_weight_on_input,
+        input_amax,
+        inner_amax,
     )
 
 
@@ -193,8 +203,8 @@ def _quantize(x: Tensor, amax: Tensor | None, granularity: Granularity, recipe: 
     return q.packed, q.block_scale.view(torch.uint8), q.decode_scale
 
 
-def _quantize_values(x: Tensor, recipe: str) -> tuple[Tensor, Tensor]:
-    return reference.quantize_values(x, Recipe.from_key(recipe))
+def _quantize_values(x: Tensor, amax: Tensor | None, recipe: str) -> tuple[Tensor, Tensor]:
+    return reference.quantize_values(x, Recipe.from_key(recipe), amax)
 
 
 def _dequantize(packed: Tensor, block_scale: Tensor, decode_scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -228,6 +238,8 @@ def _moe(
     activations: str | None,
     activation: str,
     apply_router_weight_on_input: bool,
+    input_amax: Tensor | None,
+    inner_amax: Tensor | None,
 ) -> Tensor:
     if w13_block_scale is None or w2_block_scale is None:
         raise ValueError(f"moe: got expanded experts on {x.device}, needed packed ones; only the CPU expands them")
@@ -240,6 +252,8 @@ def _moe(
         None if activations is None else Recipe.from_key(activations),
         activation,
         apply_router_weight_on_input,
+        input_amax,
+        inner_amax,
     )
 
 
@@ -269,7 +283,7 @@ def _fake_quantize(x: Tensor, amax: Tensor | None, granularity: str, recipe: str
 
 
 @torch.library.register_fake("fouroversix::quantize_values", lib=_library)
-def _fake_quantize_values(x: Tensor, recipe: str) -> tuple[Tensor, Tensor]:
+def _fake_quantize_values(x: Tensor, amax: Tensor | None, recipe: str) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
