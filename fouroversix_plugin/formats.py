@@ -46,20 +46,16 @@ class Format:
         """Each part with the full name of its tensor for ``module``."""
         return ((part, f"{module}.{name}") for part, name in self.names.items())
 
-    def stored_columns(self, part: Part, columns: int) -> int | None:
-        """Last dimension of a part's tensor for a weight of K = ``columns``, or None where it has no columns."""
-        if part == "packed":
-            return (padded_columns(columns) if self.padded else columns) // 2
-        return columns // BLOCK_SIZE if part == "block_scale" and not self.padded else None
-
-    def canonical(self, part: Part, name: str, tensor: Tensor, rows: int, columns: int, recipe: Recipe) -> Tensor:
+    def canonical(
+        self, part: Part, name: str, tensor: Tensor, rows: int | None, columns: int, recipe: Recipe
+    ) -> Tensor:
         """A part as it is stored, as an NVFP4Tensor wants it.
 
         Args:
             part: which.
             name: of the tensor, for errors.
             tensor: as stored.
-            rows: N of the weight, of which ``tensor`` is a part.
+            rows: N of the weight, of which ``tensor`` is a part; None believes the tensor, which padding forbids.
             columns: its K.
             recipe: the recipe of the weights, as claimed; its range turns an amax into a decode scale.
 
@@ -70,6 +66,10 @@ class Format:
         Raises:
             ValueError: another dtype or shape.
         """
+        if rows is None:
+            if self.padded:
+                raise ValueError(f"{name}: how many of its rows are padding is not known for this layer")
+            rows = tensor.shape[0] if tensor.ndim else 1
         if part == "packed":
             tensor = as_dtype(name, tensor, torch.uint8, torch.int8, getattr(torch, "float4_e2m1fn_x2", torch.uint8))
             stored_rows = padded_rows(rows) if self.padded else rows
@@ -99,6 +99,8 @@ class Format:
         else:
             tensor = tensor.reshape(rows)
         if self.padded:
+            if bool(tensor.isinf().any()):
+                raise ValueError(f"{name}: got an infinite amax, needed finite; corrupt checkpoint")
             return global_scales(tensor, recipe)[1]
         return torch.reciprocal(tensor) if self.inverted else tensor
 
@@ -286,8 +288,8 @@ def _fouroversix(block: Mapping[str, Any]) -> Stored:
 
 
 def _rule(rule: object, where: str) -> Recipe:
-    metrics: dict[object, Metric] = {"mse": "mse", "mae": "mae", "abs_max": "abs_max"}
-    if rule in metrics:
+    metrics: dict[str, Metric] = {"mse": "mse", "mae": "mae", "abs_max": "abs_max"}
+    if isinstance(rule, str) and rule in metrics:
         return Recipe(metrics[rule])
     if rule == "static_6":
         return _PLAIN

@@ -32,6 +32,9 @@ LARGEST_DECODE_SCALE: Final = 1.0
 decode scale of a sound weight is larger than this, so a scale stored the wrong way round is seen. (It is also what a
 weight of zeros has.)"""
 
+NARROW: Final = Recipe(scale_max=256)
+"""The recipe with the narrower of the two ranges; see :func:`looks_narrow`."""
+
 _SMALLEST_BLOCK_SCALE: Final = 2.0**-9
 _LAYOUT_ROWS: Final = 512
 _LAYOUT_BLOCKS: Final = 4096
@@ -150,7 +153,7 @@ def stored_weight(
             f"{bad * recipe.encoded_amax:.3g}; it looks like an encode scale (the reciprocal, as compressed-tensors "
             "stores it)"
         )
-    largest = bytes_.max().view(torch.float8_e4m3fn).item()  # bytes of positive E4M3 numbers are in their order
+    largest = e4m3_value(int(bytes_.max()))  # bytes of positive E4M3 numbers are in their order
     if largest > recipe.largest_block_scale:
         raise ValueError(
             f"{name}.weight_scale: block scale {largest:g} is impossible for scale_max {recipe.scale_max} "
@@ -161,6 +164,24 @@ def stored_weight(
         return NVFP4Tensor(packed, block_scale, decode_scale[..., 0])
     per_row = decode_scale.repeat_interleave(torch.tensor(widths, device=decode_scale.device), dim=-1)
     return NVFP4Tensor(packed, block_scale, per_row)
+
+
+def e4m3_value(byte: int) -> float:
+    """The E4M3 number whose byte this is."""
+    return torch.tensor(byte, dtype=torch.uint8).view(torch.float8_e4m3fn).item()
+
+
+def looks_narrow(claimed: Recipe, largest_block_scale: float) -> bool:
+    """Whether a model that claims ``scale_max`` 448 has weights that were quantized with 256.
+
+    A tensor scaled for its own amax at 448 has a block at 448, so a whole model without any is no accident.
+
+    Args:
+        claimed: the recipe its config names.
+        largest_block_scale: of all its weights.
+    """
+    limit = NARROW.largest_block_scale
+    return claimed.largest_block_scale > limit and 0 < largest_block_scale <= limit
 
 
 def missing(name: str, part: str) -> str:
