@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fouroversix_plugin as fos
 from fouroversix_plugin import kernels, reference
-from fouroversix_plugin.kernels import cpu, ops
+from fouroversix_plugin.kernels import build, cpu, ops
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
 from fouroversix_plugin.recipe import Recipe
 from fouroversix_plugin.weights import quantize_weight
@@ -206,22 +206,65 @@ def test_values_for_a_product_are_those_of_the_codes(recipe: Recipe) -> None:
             assert_same_tensor("token_scale", token_scale, q.decode_scale)
 
 
+@by_recipe
+@pytest.mark.parametrize("amax", [0.5, 20.0, 0.0])
+def test_a_static_amax_scales_every_row_alike(recipe: Recipe, amax: float) -> None:
+    # Calibrated scales do not see the live rows: some are larger than the amax, and saturate.
+    clean, static = mixed_magnitudes(9, 128, seed=18), torch.tensor(amax)
+    clean[3], clean[5, 9] = 0, math.nan
+    for dtype in DTYPES:
+        x = clean.to(dtype)
+        q = reference.quantize(x, recipe, "tensor", static)
+        expected = reference.unscaled(q.packed, q.block_scale).to(dtype)
+        for values, token_scale in (
+            torch.ops.fouroversix.quantize_values(x, static, recipe.key),
+            reference.quantize_values(x, recipe, static),
+        ):
+            assert_same_tensor("NaN", values.isnan(), expected.isnan())
+            assert_same_tensor("values", values.nan_to_num(nan=9.0), expected.nan_to_num(nan=9.0))
+            assert_same_tensor("token_scale", token_scale, q.decode_scale.expand(9))
+
+
+def random_bytes(*rows: int, per_row: bool = False) -> NVFP4Tensor:
+    """Every code and every block scale, NaN included, for weights of 128 columns."""
+    generator = torch.Generator().manual_seed(9)
+    return NVFP4Tensor(
+        torch.randint(256, (*rows, 64), generator=generator, dtype=torch.uint8),
+        torch.randint(256, (*rows, 8), generator=generator, dtype=torch.uint8).view(torch.float8_e4m3fn),
+        torch.rand(rows if per_row else rows[:-1], generator=generator),
+    )
+
+
 @pytest.mark.parametrize("lead", [(), (3,)], ids=["matrix", "experts"])
 @pytest.mark.parametrize("per_row", [False, True])
 def test_cpu_dequantizes_every_byte_as_the_reference_does(lead: tuple[int, ...], per_row: bool) -> None:
-    rows = 270  # more than one of the pieces the CPU works in
-    generator = torch.Generator().manual_seed(9)
-    q = NVFP4Tensor(
-        torch.randint(256, (*lead, rows, 64), generator=generator, dtype=torch.uint8),
-        torch.randint(256, (*lead, rows, 8), generator=generator, dtype=torch.uint8).view(torch.float8_e4m3fn),
-        torch.rand((*lead, rows) if per_row else lead, generator=generator),
-    )
+    q = random_bytes(*lead, 270, per_row=per_row)  # more rows than one of the pieces the CPU works in
     for dtype in DTYPES:
         expected = reference.dequantize(q, dtype)
         # A NaN scale makes NaN values; which of the NaNs is no promise.
         actual = fos.dequantize(q, dtype, backend="cpu")
         assert_same_tensor("NaN", actual.isnan(), expected.isnan())
         assert_same_tensor("values", actual.nan_to_num(nan=9.0), expected.nan_to_num(nan=9.0))
+
+
+@pytest.mark.parametrize("lead", [(), (3,)], ids=["matrix", "experts"])
+@pytest.mark.parametrize("rows", [16, 270])
+def test_a_prepared_weight_cannot_be_taken_back(lead: tuple[int, ...], rows: int) -> None:
+    q = random_bytes(*lead, rows)
+    prepared = ops.prepare_weight(q, torch.bfloat16)
+    assert prepared.block_scale is not None
+    assert prepared.weight.shape == (*lead, -(-rows // 16), 8, 8, 16)
+    back = ops.unprepare_weight(prepared)
+    assert_same_bytes(back, NVFP4Tensor(q.packed, q.block_scale, q.row_decode_scale.contiguous()))
+    assert_same_bytes(ops.unprepare_weight(ops.as_stored(q)), back)
+
+
+@pytest.mark.parametrize("lead", [(), (3,)], ids=["matrix", "experts"])
+def test_a_weight_held_without_a_compiler_has_other_values(
+    lead: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "load", lambda name: "no compiler, says the test")
+    q = random_bytes(*lead, 270)
     held = {torch.bfloat16: torch.bfloat16, torch.float16: torch.float32, torch.float32: torch.float32}
     for dtype, held_dtype in held.items():
         prepared = ops.prepare_weight(q, dtype)
@@ -229,6 +272,8 @@ def test_cpu_dequantizes_every_byte_as_the_reference_does(lead: tuple[int, ...],
         expected = reference.unscaled(q.packed, q.block_scale).to(held_dtype).nan_to_num(nan=9.0)
         assert_same_tensor("expanded", prepared.weight.nan_to_num(nan=9.0), expected)
         assert_same_tensor("decode_scale", prepared.decode_scale, q.row_decode_scale.contiguous())
+        with pytest.raises(ValueError, match=r"without block scales, needed packed codes"):
+            ops.unprepare_weight(prepared)
 
 
 # --- linear and moe: the reference's numbers ---
@@ -384,7 +429,8 @@ def test_linear_and_moe_operators_keep_their_schemas_and_fakes(
         check("linear", values, *as_arguments(prepare(weight(32, 64))), token_scale, bias, dtype)
     w13, w2 = (as_arguments(prepare(w)) for w in experts())
     key = None if activations is None else activations.key
-    check("moe", x, *w13, *w2, *routing(rows), key, "silu", False)
+    static = None if activations is None else torch.tensor(3.0)
+    check("moe", x, *w13, *w2, *routing(rows), key, "silu", False, static, static)
 
 
 @pytest.fixture

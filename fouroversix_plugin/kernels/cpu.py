@@ -1,7 +1,7 @@
-"""The CPU backend: compiled kernels where there is a compiler, else torch operations; the same bytes.
+"""The CPU backend: compiled kernels where there is a compiler, else torch operations that quantize to the same bytes.
 
-Weights are held expanded (:func:`unscaled`): until there is a packed CPU GEMM, unpacking at every call would cost more
-than the call.
+Compiled products read packed weights (:func:`to_strips`). Torch alone would spend more on unpacking than on
+multiplying, so without a compiler weights are held expanded (:func:`unscaled`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from fouroversix_plugin import reference
 from fouroversix_plugin.kernels import build, compose, cpu_torch, native
 from fouroversix_plugin.nvfp4 import ScaleLayout
-from fouroversix_plugin.recipe import Granularity, Recipe
+from fouroversix_plugin.recipe import BLOCK_SIZE, Granularity, Recipe
 
 
 def quantize(
@@ -54,38 +54,101 @@ def unscaled(packed: Tensor, block_scale: Tensor, dtype: torch.dtype) -> Tensor:
     return cpu_torch.unscaled(packed, block_scale.view(torch.float8_e4m3fn), dtype)
 
 
-def held_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What expanded weights are held in for a model of ``dtype``: fp16 sums of products up to 2688² would overflow."""
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+def to_strips(packed: Tensor, block_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The one-time shuffle of a weight: strips of 16 rows, a SIMD lane each; see csrc/cpu_linear.cpp.
+
+    Args:
+        packed: uint8 [..., N, K/2].
+        block_scale: E4M3 bytes, uint8 [..., N, K/16].
+
+    Returns:
+        uint8 [..., S, K/16, 8, 16] and [..., S, K/16, 16] with S = N / 16 rounded up; rows that fill up are 0.
+    """
+    codes, scales = (F.pad(t, (0, 0, 0, -t.shape[-2] % BLOCK_SIZE)) for t in (packed, block_scale))
+    codes = codes.unflatten(-1, (-1, BLOCK_SIZE // 2)).unflatten(-3, (-1, BLOCK_SIZE))  # [..., S, 16, K/16, 8]
+    scales = scales.unflatten(-2, (-1, BLOCK_SIZE))  # [..., S, 16, K/16]
+    return codes.movedim(-3, -1).contiguous(), scales.movedim(-2, -1).contiguous()
 
 
-def scaled_matmul(x: Tensor, weight: Tensor, token_scale: Tensor | None, decode_scale: Tensor) -> Tensor:
-    """:func:`fouroversix_plugin.reference.scaled_matmul`; with bf16 operands the sum, accumulated in fp32, is rounded
-    to bf16 before it is scaled."""
+def from_strips(codes: Tensor, scales: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """What :func:`to_strips` made, back: packed [..., N, K/2] and block scales [..., N, K/16] for N = ``rows``."""
+    packed = codes.movedim(-1, -3).flatten(-4, -3).flatten(-2)
+    block_scale = scales.movedim(-1, -2).flatten(-3, -2)
+    return packed[..., :rows, :].contiguous(), block_scale[..., :rows, :].contiguous()
+
+
+def prepare(packed: Tensor, block_scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """A weight as :func:`linear` wants it for a model of ``dtype``: in strips, or expanded without a compiler."""
+    if build.load("cpu") is None:
+        return to_strips(packed, block_scale)
+    return unscaled(packed, block_scale, _held_dtype(dtype)), None
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    block_scale: Tensor | None,
+    decode_scale: Tensor,
+    token_scale: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """((x W^T) * token_scale) * decode_scale + bias in fp32, rounded to ``dtype``: [M, N].
+
+    ``weight`` and ``block_scale`` are as :func:`prepare` left them, or as stored (2-D), which is prepared in the call.
+    """
+    if weight.ndim == 2 and block_scale is not None:
+        weight, block_scale = prepare(weight, block_scale, x.dtype)
+    if block_scale is not None:
+        return native.linear(x, weight, block_scale, decode_scale, token_scale, bias, dtype)
+    # Without a compiler. With bf16 operands the sum, accumulated in fp32, is rounded to bf16 before it is scaled.
     y = F.linear(x.to(weight.dtype), weight).float()
     if token_scale is not None:
         y.mul_(token_scale.unsqueeze(-1))
-    return y.mul_(decode_scale)
+    y.mul_(decode_scale)
+    return (y if bias is None else y.add_(bias)).to(dtype)
+
+
+def _held_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What expanded weights are held in for a model of ``dtype``: fp16 sums of products up to 2688² would overflow."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
 def moe(
     x: Tensor,
     w13: Tensor,
+    w13_block_scale: Tensor | None,
     w13_decode_scale: Tensor,
     w2: Tensor,
+    w2_block_scale: Tensor | None,
     w2_decode_scale: Tensor,
     topk_weights: Tensor,
     topk_ids: Tensor,
     activations: Recipe | None,
     activation: str,
     apply_router_weight_on_input: bool,
+    input_amax: Tensor | None = None,
+    inner_amax: Tensor | None = None,
 ) -> Tensor:
-    """:func:`fouroversix_plugin.reference.moe` on expanded weights: an expert sees only the tokens routed to it."""
-    half = w13.shape[-2] // 2
-    slots = torch.zeros(*topk_ids.shape, w2.shape[-2], dtype=torch.float32)
-    quantized = None if activations is None or apply_router_weight_on_input else quantize_values(x, activations)
+    """:func:`fouroversix_plugin.reference.moe` on prepared weights: an expert sees only the tokens routed to it."""
+    experts, half = w13_decode_scale.shape[0], w13_decode_scale.shape[1] // 2
+    slots = torch.zeros(*topk_ids.shape, w2_decode_scale.shape[1], dtype=torch.float32)
+
+    def product(
+        rows: Tensor,
+        weight: Tensor,
+        scales: Tensor | None,
+        decode_scale: Tensor,
+        of_row: Tensor | None,
+        out: torch.dtype,
+    ) -> Tensor:
+        return linear(rows, weight[e], None if scales is None else scales[e], decode_scale[e], of_row, None, out)
+
+    quantized = None
+    if activations is not None and not apply_router_weight_on_input:
+        quantized = quantize_values(x, activations, input_amax)
     for e in topk_ids.unique().tolist():
-        if not 0 <= e < w13.shape[0]:
+        if not 0 <= e < experts:
             continue  # another rank's expert
         token, slot = (topk_ids == e).nonzero(as_tuple=True)
         expert_in, token_scale = x[token], None
@@ -94,11 +157,11 @@ def moe(
         elif apply_router_weight_on_input:
             expert_in = (expert_in.float() * topk_weights[token, slot].float().unsqueeze(-1)).to(x.dtype)
             if activations is not None:
-                expert_in, token_scale = quantize_values(expert_in, activations)
-        gate_up = scaled_matmul(expert_in, w13[e], token_scale, w13_decode_scale[e]).to(x.dtype).float()
+                expert_in, token_scale = quantize_values(expert_in, activations, input_amax)
+        gate_up = product(expert_in, w13, w13_block_scale, w13_decode_scale, token_scale, x.dtype).float()
         hidden = reference.gated_activation(gate_up[:, :half], gate_up[:, half:], activation).to(x.dtype)
         token_scale = None
         if activations is not None:
-            hidden, token_scale = quantize_values(hidden, activations)
-        slots[token, slot] = scaled_matmul(hidden, w2[e], token_scale, w2_decode_scale[e])
+            hidden, token_scale = quantize_values(hidden, activations, inner_amax)
+        slots[token, slot] = product(hidden, w2, w2_block_scale, w2_decode_scale, token_scale, torch.float32)
     return reference.combine(slots, topk_weights, apply_router_weight_on_input).to(x.dtype)

@@ -1,6 +1,7 @@
 """The compiled operators (``torch.ops.fouroversix_cpu`` and ``_cuda``) by the names and types of this package.
 
-Both devices have the same three; :mod:`fouroversix_plugin.kernels.build` compiles and loads them.
+Both devices have the same three quantizers, and the CPU a product; :mod:`fouroversix_plugin.kernels.build` compiles and
+loads them.
 """
 
 from __future__ import annotations
@@ -51,6 +52,21 @@ def quantize_values(x: Tensor, recipe: Recipe, amax: Tensor | None, gated: bool)
 def dequantize(packed: Tensor, block_scale: Tensor, decode_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """[..., M, K] from block scales as bytes and a decode scale per row, or none for e2m1 * block_scale."""
     out: Tensor = _of(packed).dequantize(packed, block_scale, decode_scale, dtype)
+    return out
+
+
+def linear(
+    x: Tensor,
+    codes: Tensor,
+    block_scale: Tensor,
+    decode_scale: Tensor,
+    token_scale: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """y [M, N] on the CPU, from weights in strips (:func:`fouroversix_plugin.kernels.cpu.to_strips`)."""
+    fp32_bias = None if bias is None else bias.float()
+    out: Tensor = torch.ops.fouroversix_cpu.linear(x, codes, block_scale, decode_scale, token_scale, fp32_bias, dtype)
     return out
 
 

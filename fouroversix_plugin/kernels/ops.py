@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ _SCHEMAS = (
     "ScalarType dtype) -> Tensor",
     "moe(Tensor x, Tensor w13, Tensor? w13_block_scale, Tensor w13_decode_scale, Tensor w2, Tensor? w2_block_scale, "
     "Tensor w2_decode_scale, Tensor topk_weights, Tensor topk_ids, str? activations, str activation, "
-    "bool apply_router_weight_on_input) -> Tensor",
+    "bool apply_router_weight_on_input, Tensor? input_amax, Tensor? inner_amax) -> Tensor",
 )
 
 _library = torch.library.Library("fouroversix", "DEF")
@@ -61,8 +61,9 @@ class PreparedWeight:
     """A weight [..., N, K] as its device's operators want it.
 
     Args:
-        weight: packed uint8 [..., N, K/2], or e2m1 * block_scale [..., N, K].
-        block_scale: E4M3 bytes, uint8 [..., N, K/16], of a packed weight, else None.
+        weight: packed uint8 [..., N, K/2], or on the CPU in strips [..., N/16, K/16, 8, 16]; or, without block scales,
+            e2m1 * block_scale [..., N, K].
+        block_scale: E4M3 bytes of a packed weight, uint8 [..., N, K/16], or in strips [..., N/16, K/16, 16]; else None.
         decode_scale: float32 [..., N].
     """
 
@@ -72,12 +73,26 @@ class PreparedWeight:
 
 
 def prepare_weight(q: NVFP4Tensor, dtype: torch.dtype) -> PreparedWeight:
-    """One-time change of a weight for a model of ``dtype``: expanded on CPU, packed elsewhere."""
+    """One-time change of a weight for a model of ``dtype``: shuffled on CPU (expanded without a compiler)."""
     stored = as_stored(q)
     if q.device.type != "cpu":
         return stored
-    weight = cpu.unscaled(stored.weight, q.block_scale.view(torch.uint8), cpu.held_dtype(dtype))
-    return PreparedWeight(weight, None, stored.decode_scale)
+    weight, block_scale = cpu.prepare(stored.weight, q.block_scale.view(torch.uint8), dtype)
+    return PreparedWeight(weight, block_scale, stored.decode_scale)
+
+
+def unprepare_weight(w: PreparedWeight) -> NVFP4Tensor:
+    """The weight that :func:`prepare_weight` was given, with a decode scale per row.
+
+    Raises:
+        ValueError: an expanded weight: its codes are gone.
+    """
+    if w.block_scale is None:
+        raise ValueError(f"weight: got {w.weight.dtype} without block scales, needed packed codes")
+    packed, block_scale = w.weight, w.block_scale
+    if packed.ndim > w.decode_scale.ndim + 1:
+        packed, block_scale = cpu.from_strips(packed, block_scale, w.decode_scale.shape[-1])
+    return NVFP4Tensor(packed, block_scale.view(torch.float8_e4m3fn), w.decode_scale)
 
 
 def as_stored(q: NVFP4Tensor) -> PreparedWeight:
@@ -97,11 +112,13 @@ def dequantize(q: NVFP4Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return out
 
 
-def linear(x: Tensor, w: PreparedWeight, activations: Recipe | None, bias: Tensor | None) -> Tensor:
+def linear(
+    x: Tensor, w: PreparedWeight, activations: Recipe | None, bias: Tensor | None, input_amax: Tensor | None = None
+) -> Tensor:
     """x [M, K] times a prepared weight; see :func:`fouroversix_plugin.reference.linear`."""
     values, token_scale = x, None
     if activations is not None:
-        values, token_scale = torch.ops.fouroversix.quantize_values(x, None, activations.key)
+        values, token_scale = torch.ops.fouroversix.quantize_values(x, input_amax, activations.key)
     out: Tensor = torch.ops.fouroversix.linear(
         values, w.weight, w.block_scale, w.decode_scale, token_scale, bias, x.dtype
     )
@@ -117,6 +134,8 @@ def moe(
     activations: Recipe | None,
     activation: str,
     apply_router_weight_on_input: bool,
+    input_amax: Tensor | None = None,
+    inner_amax: Tensor | None = None,
 ) -> Tensor:
     """Mixture of experts on prepared weights; see :func:`fouroversix_plugin.reference.moe`."""
     out: Tensor = torch.ops.fouroversix.moe(
@@ -132,6 +151,8 @@ def moe(
         None if activations is None else activations.key,
         activation,
         apply_router_weight_on_input,
+        input_amax,
+        inner_amax,
     )
     return out
 
@@ -207,19 +228,6 @@ _register("CompositeExplicitAutograd", reference_operators)
 # --- what runs: products of CPU tensors ---
 
 
-def _cpu_linear(
-    x: Tensor,
-    weight: Tensor,
-    block_scale: Tensor | None,
-    decode_scale: Tensor,
-    token_scale: Tensor | None,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    y = cpu.scaled_matmul(x, _cpu_expanded(weight, block_scale, dtype), token_scale, decode_scale)
-    return (y if bias is None else y.add_(bias)).to(dtype)
-
-
 def _cpu_moe(
     x: Tensor,
     w13: Tensor,
@@ -231,25 +239,11 @@ def _cpu_moe(
     topk_weights: Tensor,
     topk_ids: Tensor,
     activations: str | None,
-    activation: str,
-    apply_router_weight_on_input: bool,
+    *rest: Any,
 ) -> Tensor:
-    return cpu.moe(
-        x,
-        _cpu_expanded(w13, w13_block_scale, x.dtype),
-        w13_decode_scale,
-        _cpu_expanded(w2, w2_block_scale, x.dtype),
-        w2_decode_scale,
-        topk_weights,
-        topk_ids,
-        None if activations is None else Recipe.from_key(activations),
-        activation,
-        apply_router_weight_on_input,
-    )
-
-
-def _cpu_expanded(weight: Tensor, block_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return weight if block_scale is None else cpu.unscaled(weight, block_scale, cpu.held_dtype(dtype))
+    recipe = None if activations is None else Recipe.from_key(activations)
+    w13_parts, w2_parts = (w13, w13_block_scale, w13_decode_scale), (w2, w2_block_scale, w2_decode_scale)
+    return cpu.moe(x, *w13_parts, *w2_parts, topk_weights, topk_ids, recipe, *rest)
 
 
 # --- what runs: products on every other device ---
@@ -286,6 +280,8 @@ def _moe(
     activations: str | None,
     activation: str,
     apply_router_weight_on_input: bool,
+    input_amax: Tensor | None,
+    inner_amax: Tensor | None,
 ) -> Tensor:
     if w13_block_scale is None or w2_block_scale is None:
         raise ValueError(f"moe: got expanded experts on {x.device}, needed packed ones; only the CPU expands them")
@@ -298,11 +294,13 @@ def _moe(
         None if activations is None else Recipe.from_key(activations),
         activation,
         apply_router_weight_on_input,
+        input_amax,
+        inner_amax,
     )
 
 
 for _name, _on_cpu, _elsewhere in (
-    ("linear", _cpu_linear, _linear),
+    ("linear", cpu.linear, _linear),
     ("moe", _cpu_moe, _moe),
 ):
     _library.impl(_name, _on_cpu, "CPU")
@@ -390,7 +388,7 @@ def _fake_linear(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
+    return x.new_empty(x.shape[0], decode_scale.shape[0], dtype=dtype)
 
 
 @torch.library.register_fake("fouroversix::moe", lib=_library)
