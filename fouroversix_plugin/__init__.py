@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fouroversix_plugin.checkpoint import CheckpointError
+    from fouroversix_plugin.checkpoint import CheckpointError, load_checkpoint
     from fouroversix_plugin.functional import backends, dequantize, linear, moe, quantize
     from fouroversix_plugin.nvfp4 import NVFP4Tensor
     from fouroversix_plugin.recipe import Recipe, Scheme, preset
@@ -24,13 +24,14 @@ __all__ = [
     "backends",
     "dequantize",
     "linear",
+    "load_checkpoint",
     "moe",
     "preset",
     "quantize",
 ]
 
-_HOMES = {"CheckpointError": "checkpoint", "NVFP4Tensor": "nvfp4", "Recipe": "recipe", "Scheme": "recipe"}
-_HOMES |= {"preset": "recipe"}
+_HOMES = {"CheckpointError": "checkpoint", "NVFP4Tensor": "nvfp4", "Recipe": "recipe"}
+_HOMES |= {"Scheme": "recipe", "load_checkpoint": "checkpoint", "preset": "recipe"}
 
 
 def __getattr__(name: str) -> object:

@@ -101,6 +101,11 @@ class NVFP4Tensor:
             raise IndexError("a matrix has no experts to choose from")
         return self._map(lambda tensor: tensor[expert])
 
+    def rows(self, first: int, last: int) -> NVFP4Tensor:
+        """Rows ``first`` to ``last`` of a matrix."""
+        decode_scale = self.decode_scale[first:last] if self.decode_scale.ndim else self.decode_scale
+        return NVFP4Tensor(self.packed[first:last], self.block_scale[first:last], decode_scale)
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> NVFP4Tensor:
         return NVFP4Tensor(change(self.packed), change(self.block_scale), change(self.decode_scale))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,8 +25,10 @@ Metric = Literal["mse", "mae", "abs_max"]
 ErrorDomain = Literal["amax", "decode_scale", "scaled"]
 ScaleMax = Literal[256, 448]
 Granularity = Literal["tensor", "token"]
+InputScale = Literal["token", "static"]
 
 _PLAIN: Final = "plain"
+_REGEX: Final = "re:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,15 +114,25 @@ class Scheme:
 
     Args:
         weights: the recipe of the weights (per tensor; merged projections share one amax).
-        activations: the recipe of the activations, quantized per token while serving (W4A4), or ``None`` (W4A16).
-        ignore: module names and globs (``*``, ``?``, ``[…]``, matched against the whole name) left unquantized.
+        activations: the recipe of the activations, quantized while serving (W4A4), or ``None`` (W4A16).
+        input_scale: what activations are scaled for: every ``token`` for its own amax, or all for a ``static`` one
+            that calibration put into the checkpoint (``input_scale`` of ModelOpt, ``input_global_scale`` of
+            compressed-tensors). On disk this is the ``granularity`` of ``activations``.
+        ignore: modules left unquantized: names, globs (``*``, ``?``, ``[…]``, matched against the whole name), and
+            regular expressions after ``re:`` (matched from the start of the name, as compressed-tensors does).
         producer: who wrote a checkpoint: free-form strings, empty for a scheme that is only a wish.
     """
 
     weights: Recipe = field(default_factory=Recipe)
     activations: Recipe | None = field(default_factory=Recipe)
+    input_scale: InputScale = "token"
     ignore: tuple[str, ...] = ()
     producer: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        _one_of("input_scale", self.input_scale, get_args(InputScale))
+        for pattern in self.ignore:
+            _check_pattern(pattern)
 
     @property
     def name(self) -> str:
@@ -129,7 +142,7 @@ class Scheme:
         """The ``quantization_config`` block; ``Scheme.from_dict`` reads it back to an equal scheme."""
         activations = None
         if self.activations is not None:
-            activations = {**self.activations.to_dict(), "granularity": "token"}
+            activations = {**self.activations.to_dict(), "granularity": self.input_scale}
         block: dict[str, Any] = {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
@@ -157,10 +170,11 @@ class Scheme:
         _one_of(f"{where}.quant_method", config["quant_method"], (QUANT_METHOD,))
         _one_of(f"{where}.format_version", config["format_version"], (FORMAT_VERSION,))
         _one_of(f"{where}.group_size", config["group_size"], (BLOCK_SIZE,))
-        activations = config["activations"]
+        activations, input_scale = _activations(config["activations"], f"{where}.activations")
         return Scheme(
             weights=Recipe.from_dict(config["weights"], f"{where}.weights"),
-            activations=None if activations is None else _activations(activations, f"{where}.activations"),
+            activations=activations,
+            input_scale=input_scale,
             ignore=_strings(config["ignore"], f"{where}.ignore"),
             producer=_producer(config.get("producer", {}), f"{where}.producer"),
         )
@@ -203,7 +217,12 @@ class Scheme:
         return bool(ignored)
 
     def _matches(self, name: str) -> bool:
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.ignore)
+        return any(
+            re.match(pattern.removeprefix(_REGEX), name)
+            if pattern.startswith(_REGEX)
+            else fnmatch.fnmatchcase(name, pattern)
+            for pattern in self.ignore
+        )
 
 
 def _recipe_directory() -> Path:
@@ -238,16 +257,26 @@ def _recipe_at(config: Mapping[str, Any], where: str) -> Recipe:
         raise ValueError(f"{where}.{error}") from None
 
 
-def _activations(config: object, where: str) -> Recipe:
+def _activations(config: object, where: str) -> tuple[Recipe | None, InputScale]:
+    if config is None:
+        return None, "token"
     config = _mapping(config, where)
     _exact_keys(config, where, required=("metric", "scale_max", "adaptive", "error", "granularity"))
     if config["granularity"] == "tensor":
         raise ValueError(
-            f"{where}.granularity: got 'tensor', needed 'token'; with one amax for the whole batch a request's answer "
-            "would depend on its neighbours"
+            f"{where}.granularity: got 'tensor', needed 'token' or 'static'; with one amax for the whole batch a "
+            "request's answer would depend on its neighbours"
         )
-    _one_of(f"{where}.granularity", config["granularity"], ("token",))
-    return _recipe_at(config, where)
+    _one_of(f"{where}.granularity", config["granularity"], get_args(InputScale))
+    return _recipe_at(config, where), config["granularity"]
+
+
+def _check_pattern(pattern: str) -> None:
+    if pattern.startswith(_REGEX):
+        try:
+            re.compile(pattern.removeprefix(_REGEX))
+        except (re.error, RecursionError) as error:
+            raise ValueError(f"ignore: {pattern!r} is no regular expression: {error}") from None
 
 
 def _producer(value: object, where: str) -> dict[str, str]:

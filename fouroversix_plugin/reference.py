@@ -257,17 +257,23 @@ def scaled_matmul(x: Tensor, weight: Tensor, token_scale: Tensor | None, decode_
     return y * decode_scale
 
 
-def linear(x: Tensor, w: NVFP4Tensor, activations: Recipe | None = None, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor,
+    w: NVFP4Tensor,
+    activations: Recipe | None = None,
+    bias: Tensor | None = None,
+    input_amax: Tensor | None = None,
+) -> Tensor:
     """y = x W^T + bias for x [M, K] and w [N, K], in the dtype of x.
 
-    ``activations`` None is W4A16; a recipe quantizes x per token first (W4A4).
+    ``activations`` None is W4A16; a recipe quantizes x first (W4A4): per token, or all for ``input_amax`` (fp32 []).
     """
-    y = _matmul(x, w, activations)
+    y = _matmul(x, w, activations, input_amax)
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def _matmul(x: Tensor, w: NVFP4Tensor, activations: Recipe | None) -> Tensor:
-    values, token_scale = (x, None) if activations is None else quantize_values(x, activations)
+def _matmul(x: Tensor, w: NVFP4Tensor, activations: Recipe | None, amax: Tensor | None) -> Tensor:
+    values, token_scale = (x, None) if activations is None else quantize_values(x, activations, amax)
     return scaled_matmul(values, unscaled(w.packed, w.block_scale), token_scale, w.row_decode_scale)
 
 
@@ -291,11 +297,14 @@ def moe(
     activations: Recipe | None = None,
     activation: str = "silu",
     apply_router_weight_on_input: bool = False,
+    input_amax: Tensor | None = None,
+    inner_amax: Tensor | None = None,
 ) -> Tensor:
     """Gated mixture of experts for x [M, H]: w13 [E, 2I, H] (gate rows, then up rows), w2 [E, H, I].
 
     Gate, up and their product are rounded to the dtype of x, as separate kernels would hold them; with
-    ``activations`` both x and the product are quantized per token. The top-k sum runs in fp32 over the slots in order.
+    ``activations`` both x and the product are quantized per token, or for ``input_amax`` and ``inner_amax`` (fp32 []).
+    The top-k sum runs in fp32 over the slots in order.
     ``topk_ids`` [M, top_k] outside 0..E-1 (an expert of another rank is -1) contribute nothing.
 
     Every expert sees every token, so that no shape or branch depends on the routing (CUDA graphs).
@@ -307,9 +316,9 @@ def moe(
         rows = (rows.float() * topk_weights.float().unsqueeze(-1)).to(x.dtype)  # ... [M, top_k, H]: or of a slot
     slots = torch.zeros(M, top_k, H, dtype=torch.float32, device=x.device)
     for e in range(w13.shape[0]):
-        gate_up = linear(rows.flatten(0, 1), w13[e], activations).float()
+        gate_up = linear(rows.flatten(0, 1), w13[e], activations, None, input_amax).float()
         hidden = gated_activation(gate_up[:, :half], gate_up[:, half:], activation).to(x.dtype)
-        y = _matmul(hidden, w2[e], activations).unflatten(0, rows.shape[:2])
+        y = _matmul(hidden, w2[e], activations, inner_amax).unflatten(0, rows.shape[:2])
         slots = torch.where((topk_ids == e).unsqueeze(-1), y, slots)
     return combine(slots, topk_weights, apply_router_weight_on_input).to(x.dtype)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fouroversix_plugin.kernels import select
-from fouroversix_plugin.nvfp4 import NVFP4Tensor
+from fouroversix_plugin.nvfp4 import NVFP4Tensor, scales_from_layout
 from fouroversix_plugin.recipe import Recipe
 from fouroversix_plugin.reference import row_amax
 
@@ -25,7 +25,21 @@ zero, but never for a whole row with a block scale other than 0."""
 E4M3_NAN: Final = 0x7F
 """A block scale that was never loaded, too."""
 
-_E4M3_SIGN = 0x80
+_E4M3_SIGN: Final = 0x80
+
+LARGEST_DECODE_SCALE: Final = 1.0
+"""A weight's amax is its decode scale times 1536 or 2688: with 1, far beyond any trained weight. The reciprocal of the
+decode scale of a sound weight is larger than this, so a scale stored the wrong way round is seen. (It is also what a
+weight of zeros has.)"""
+
+NARROW: Final = Recipe(scale_max=256)
+"""The recipe with the narrower of the two ranges; see :func:`looks_narrow`."""
+
+_SMALLEST_BLOCK_SCALE: Final = 2.0**-9
+_LAYOUT_ROWS: Final = 512
+_LAYOUT_BLOCKS: Final = 4096
+_LAYOUT_GAIN: Final = 0.05
+"""See :func:`check_row_major`: how much of a weight to look at, below how many scales not to, what gain is evidence."""
 
 
 def check_full_precision(name: str, dtype: torch.dtype) -> None:
@@ -69,6 +83,37 @@ def _quantize_matrix(matrix: Tensor, recipe: Recipe, amax: Tensor) -> NVFP4Tenso
     return select("quantize", "", matrix.shape, matrix.device).quantize(matrix, recipe, "tensor", amax)
 
 
+def check_row_major(name: str, block_scale: Tensor) -> None:
+    """Refuse block scales [N, K/16] of a whole weight that lie in the 128x4 layout of a GEMM but are called row-major.
+
+    The bytes are the same, so only their order can tell: the scales of a trained weight follow its rows and columns
+    (outputs and inputs that are large or small), which the wrong order takes apart. Read both ways, the share of their
+    variance that row and column means explain is larger in the right order: by 0.2 in the median of SmolLM2's linear
+    weights and never smaller by more than 0.001. Weights without such structure, random ones, pass either way.
+    """
+    rows, blocks = block_scale.shape
+    rows = min(rows, _LAYOUT_ROWS) // 128 * 128
+    if block_scale.shape[0] % 128 or blocks % 4 or rows * blocks < _LAYOUT_BLOCKS:
+        return  # padding would give the 128x4 layout another number of scales, or there are too few to tell
+    as_stored = block_scale[:rows].contiguous()
+    as_tiles = scales_from_layout(as_stored.flatten(), "128x4", rows, blocks)
+    gain = _explained_by_rows_and_columns(as_tiles) - _explained_by_rows_and_columns(as_stored)
+    if gain > _LAYOUT_GAIN:
+        raise ValueError(
+            f"{name}: the block scales lie in the 128x4 layout of a GEMM (read so, rows and columns explain "
+            f"{gain:.0%} more of their variance), needed row-major ones; write the checkpoint without swizzling"
+        )
+
+
+def _explained_by_rows_and_columns(block_scale: Tensor) -> float:
+    rows, columns = block_scale.shape
+    x = block_scale.float().clamp(min=_SMALLEST_BLOCK_SCALE).log2()
+    x = x - x.mean()
+    explained = x.mean(1).square().sum() * columns + x.mean(0).square().sum() * rows
+    total = float(x.square().sum())
+    return float(explained) / total if total else 0.0
+
+
 def stored_weight(
     name: str, packed: Tensor, block_scale: Tensor, decode_scale: Tensor, widths: Sequence[int], recipe: Recipe
 ) -> NVFP4Tensor:
@@ -101,7 +146,14 @@ def stored_weight(
     if not bool(sound.all()):
         bad = decode_scale[~sound][0].item()
         raise ValueError(f"{name}.weight_scale_2: got {bad}, needed finite, normal and above 0; corrupt checkpoint")
-    largest = bytes_.max().view(torch.float8_e4m3fn).item()  # bytes of positive E4M3 numbers are in their order
+    if bool((decode_scale > LARGEST_DECODE_SCALE).any()):
+        bad = decode_scale.max().item()
+        raise ValueError(
+            f"{name}.weight_scale_2: got {bad:g}, needed at most {LARGEST_DECODE_SCALE:g}: weights would reach "
+            f"{bad * recipe.encoded_amax:.3g}; it looks like an encode scale (the reciprocal, as compressed-tensors "
+            "stores it)"
+        )
+    largest = e4m3_value(int(bytes_.max()))  # bytes of positive E4M3 numbers are in their order
     if largest > recipe.largest_block_scale:
         raise ValueError(
             f"{name}.weight_scale: block scale {largest:g} is impossible for scale_max {recipe.scale_max} "
@@ -112,6 +164,24 @@ def stored_weight(
         return NVFP4Tensor(packed, block_scale, decode_scale[..., 0])
     per_row = decode_scale.repeat_interleave(torch.tensor(widths, device=decode_scale.device), dim=-1)
     return NVFP4Tensor(packed, block_scale, per_row)
+
+
+def e4m3_value(byte: int) -> float:
+    """The E4M3 number whose byte this is."""
+    return torch.tensor(byte, dtype=torch.uint8).view(torch.float8_e4m3fn).item()
+
+
+def looks_narrow(claimed: Recipe, largest_block_scale: float) -> bool:
+    """Whether a model that claims ``scale_max`` 448 has weights that were quantized with 256.
+
+    A tensor scaled for its own amax at 448 has a block at 448, so a whole model without any is no accident.
+
+    Args:
+        claimed: the recipe its config names.
+        largest_block_scale: of all its weights.
+    """
+    limit = NARROW.largest_block_scale
+    return claimed.largest_block_scale > limit and 0 < largest_block_scale <= limit
 
 
 def missing(name: str, part: str) -> str:

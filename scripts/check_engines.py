@@ -76,6 +76,7 @@ VLLM = Engine(
         "vllm.model_executor.models.utils:WeightsMapper": ("apply_list(_)",),
         f"{_LAYERS}.quantization.base_config:QuantizationConfig": ("packed_modules_mapping",),
         f"{_LAYERS}.linear:LinearBase": ("params_dtype", "tp_size"),
+        f"{_LAYERS}.linear:QKVParallelLinear": ("head_size", "total_num_heads", "total_num_kv_heads"),
         f"{_MOE}:FusedMoEMethodBase": ("moe",),
         f"{_MOE}.config:FusedMoEConfig": ("has_bias", "moe_parallel_config"),
         f"{_MOE}.config:FusedMoEParallelConfig": ("tp_size",),
@@ -104,6 +105,7 @@ VLLM = Engine(
             "get_quant_method(layer, prefix)",
             "maybe_update_config(model_name, hf_config=None, revision=None)",
             "apply_vllm_mapper(hf_to_vllm_mapper)",
+            "override_quantization_method(hf_quant_cfg, user_quant, hf_config=None)",
         ),
         f"{_LAYERS}.linear:LinearMethodBase": (
             "create_weights(layer, input_size_per_partition, output_partition_sizes, input_size, output_size,"
@@ -123,6 +125,7 @@ VLLM = Engine(
     },
     callers={
         "vllm.config.vllm": ("QuantizationConfig.maybe_update_config",),
+        "vllm.config.model": ("QuantizationConfig.override_quantization_method",),
         f"{_LAYERS}.linear": ("LinearMethodBase.create_weights", "LinearMethodBase.apply"),
         f"{_MOE}.routed_experts": (
             "FusedMoEMethodBase.create_weights",
@@ -138,7 +141,16 @@ VLLM = Engine(
         f"{_MOE}.activation": ("silu", "gelu", "gelu_tanh"),
     },
     variables=("self", "layer", "group", "hf_to_vllm_mapper"),
-    not_theirs=("register_parameter", "weight", "weight_scale", "weight_scale_2", "w13_weight", "w2_weight", "value"),
+    not_theirs=(
+        "register_parameter",
+        "register_buffer",
+        "weight",
+        "weight_scale",
+        "weight_scale_2",
+        "w13_weight",
+        "w2_weight",
+        "value",
+    ),
 )
 ENGINES = {engine.name: engine for engine in (VLLM,)}
 
@@ -467,7 +479,7 @@ def _caller_problems(module: str, tree: ast.Module | None, methods: dict[str, Si
             if isinstance(n, ast.Call)
             and isinstance(n.func, ast.Attribute)
             and n.func.attr == name
-            and ast.unparse(n.func.value).endswith(("quant_method", "quant_config"))
+            and ast.unparse(n.func.value).endswith(("quant_method", "quant_config", "method"))
         ]
         if not calls:
             yield Problem(what, module, "no call", f"a call of {name}{takes}")

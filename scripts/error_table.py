@@ -29,10 +29,9 @@ def random_data() -> dict[str, list[Tensor]]:
 
 def linear_weights(model: Path) -> Iterator[Tensor]:
     checkpoint = Checkpoint.open(model)
-    for file in sorted(set(checkpoint.files.values())):
-        for name, tensor in checkpoint.tensors(file):
-            if tensor.ndim == 2 and "embed" not in name:
-                yield tensor
+    for name, stored in checkpoint.tensors.items():
+        if len(stored.shape) == 2 and "embed" not in name:
+            yield checkpoint.read(name)
 
 
 def squared_error(tensors: list[Tensor], recipe: Recipe, granularity: Granularity) -> float:

@@ -206,6 +206,25 @@ def test_values_for_a_product_are_those_of_the_codes(recipe: Recipe) -> None:
             assert_same_tensor("token_scale", token_scale, q.decode_scale)
 
 
+@by_recipe
+@pytest.mark.parametrize("amax", [0.5, 20.0, 0.0])
+def test_a_static_amax_scales_every_row_alike(recipe: Recipe, amax: float) -> None:
+    # Calibrated scales do not see the live rows: some are larger than the amax, and saturate.
+    clean, static = mixed_magnitudes(9, 128, seed=18), torch.tensor(amax)
+    clean[3], clean[5, 9] = 0, math.nan
+    for dtype in DTYPES:
+        x = clean.to(dtype)
+        q = reference.quantize(x, recipe, "tensor", static)
+        expected = reference.unscaled(q.packed, q.block_scale).to(dtype)
+        for values, token_scale in (
+            torch.ops.fouroversix.quantize_values(x, static, recipe.key),
+            reference.quantize_values(x, recipe, static),
+        ):
+            assert_same_tensor("NaN", values.isnan(), expected.isnan())
+            assert_same_tensor("values", values.nan_to_num(nan=9.0), expected.nan_to_num(nan=9.0))
+            assert_same_tensor("token_scale", token_scale, q.decode_scale.expand(9))
+
+
 @pytest.mark.parametrize("lead", [(), (3,)], ids=["matrix", "experts"])
 @pytest.mark.parametrize("per_row", [False, True])
 def test_cpu_dequantizes_every_byte_as_the_reference_does(lead: tuple[int, ...], per_row: bool) -> None:
@@ -384,7 +403,8 @@ def test_linear_and_moe_operators_keep_their_schemas_and_fakes(
         check("linear", values, *as_arguments(prepare(weight(32, 64))), token_scale, bias, dtype)
     w13, w2 = (as_arguments(prepare(w)) for w in experts())
     key = None if activations is None else activations.key
-    check("moe", x, *w13, *w2, *routing(rows), key, "silu", False)
+    static = None if activations is None else torch.tensor(3.0)
+    check("moe", x, *w13, *w2, *routing(rows), key, "silu", False, static, static)
 
 
 @pytest.fixture

@@ -4,13 +4,21 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import os
+import pty
+import re
 import subprocess
 import sys
+import termios
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import fouroversix_plugin as fos
 from fouroversix_plugin import cli
@@ -54,7 +62,7 @@ def test_doctor_is_content_without_an_engine(engine: Any, capsys: pytest.Capture
     lines = text.splitlines()
     assert lines[0].startswith(f"fouroversix-plugin {fos.__version__}, Python 3.")
     assert "  cpu         ready" in lines
-    assert "  cuda        planned, not in this release" in lines
+    assert "  flashinfer  planned, not in this release" in lines
     assert "  vllm        not installed" in lines
 
 
@@ -65,7 +73,8 @@ def test_doctor_prints_one_json_object_with_the_reasons(engine: Any, capsys: pyt
     assert (code, report["ok"], report["schema_version"]) == (0, True, 1)
     assert report["fouroversix_plugin"] == fos.__version__
     assert report["backends"] == fos.backends()
-    assert report["engines"] == {"vllm": {"version": None, "warning": None, "registers": False, "error": None}}
+    absent = {"version": None, "warning": None, "registers": False, "error": None}
+    assert report["engines"] == {"vllm": absent, "sglang": absent}
 
 
 def test_a_plugin_that_does_not_load_is_shown_with_its_traceback(
@@ -118,6 +127,239 @@ def test_doctor_leaves_the_log_alone(engine: Any, capsys: pytest.CaptureFixture[
     engine(installed=False)
     doctor(capsys)
     assert logging.getLogger("fouroversix_plugin").parent is before
+
+
+# --- quantize, inspect, compare ---
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of one layer, with a tokenizer beside it."""
+    folder = tmp_path_factory.mktemp("cli") / "model"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        "lm_head": (64, 32),
+        "model.embed_tokens": (64, 32),
+        "model.layers.0.self_attn.q_proj": (32, 32),
+        "model.layers.0.self_attn.k_proj": (16, 32),
+        "model.layers.0.self_attn.v_proj": (16, 32),
+        "model.layers.0.mlp.down_proj": (32, 40),  # no multiple of 16
+        "model.layers.0.mlp.gate": (4, 32),
+    }
+    tensors = {f"{name}.weight": torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
+    save_file({**tensors, "model.norm.weight": torch.ones(32)}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"architectures": ["TestForCausalLM"], "hidden_size": 32}))
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    code = cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def report(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, dict[str, Any]]:
+    code, out, err = run(capsys, *arguments, "--json")
+    assert err == ""
+    content: dict[str, Any] = json.loads(out)
+    assert content["schema_version"] == 1
+    return code, content
+
+
+def test_a_conversion_says_what_it_did(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "quantize", model, tmp_path / "out")
+    assert (code, err) == (0, "")
+    for text in (
+        "scheme      W4A4: weights mse 256 amax; activations mse 256 amax, per token",
+        "quantized   3 linear weights, 2048 values",
+        f"written     {tmp_path / 'out'}: 1 file",
+        "in `ignore`",
+        "K = 40 is no multiple of 16",
+        "not a linear weight (1-D)",
+    ):
+        assert text in out
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+
+
+def test_a_dry_run_foretells_every_byte_and_writes_none(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("quantize", model, tmp_path / "out", "--max-shard-size", "2KB", "--recipe", "w4a16")
+    code, foretold = report(capsys, *arguments, "--dry-run")
+    assert (code, foretold["seconds"]) == (0, None)
+    assert f"would write {tmp_path / 'out'}: " in run(capsys, *arguments, "--dry-run")[1]
+    assert list(tmp_path.iterdir()) == []
+    code, done = report(capsys, *arguments)
+    assert (code, done.pop("seconds") > 0) == (0, True)
+    assert {**foretold, "seconds": 0} == {**done, "seconds": 0}
+    files = {path.name: path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")}
+    assert {file["name"]: file["nbytes"] for file in foretold["files"]} == files
+    assert len(files) > 1
+    assert sum(files.values()) == foretold["nbytes"]
+    q, k, v = (next(x for x in done["quantized"] if x["name"].endswith(n)) for n in ("q_proj", "k_proj", "v_proj"))
+    assert (q["shape"], q["nbytes"]) == ([32, 32], 32 * 16 + 32 * 2 + 4)
+    assert k["shares_amax_with"] == [q["name"], v["name"]]
+    alone = {entry["name"]: entry["reason"] for entry in done["left_alone"]}
+    assert alone["model.layers.0.mlp.down_proj"] == "K = 40 is no multiple of 16"
+
+
+def test_ignore_adds_to_the_recipes_list(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--dry-run", "--ignore", "*.[kv]_proj", "*.q_proj")
+    _, foretold = report(capsys, "quantize", model, tmp_path / "out", *arguments)
+    assert foretold["quantized"] == []
+    assert foretold["quantization_config"]["ignore"][:2] == ["lm_head", "*.lm_head"]
+    assert foretold["quantization_config"]["ignore"][-3:-1] == ["*.[kv]_proj", "*.q_proj"]
+
+
+def test_a_recipe_may_be_a_file(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    block = fos.preset("transformer_engine").to_dict()
+    recipe = tmp_path / "mine.json"
+    recipe.write_text(json.dumps(block))
+    _, done = report(capsys, "quantize", model, tmp_path / "out", "--recipe", recipe)
+    assert done["quantization_config"]["weights"] == block["weights"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"] == done["quantization_config"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("{model}", "{model}"), "is the source itself"),
+        (("{model}", "{tmp}/there"), "exists already; .* --overwrite"),
+        (("{tmp}/none", "{tmp}/out"), "none: cannot be read: No such file or directory"),
+        (("{model}", "{tmp}/out", "--resume"), "nothing to resume"),
+        (("{model}", "{tmp}/out", "--format", "modelopt"), "calibration"),
+        (("{model}", "{tmp}/out", "--device", "cuda:9"), "--device: got 'cuda:9', which is not there"),
+        (("{model}", "{tmp}/out", "--device", "gpu"), "--device: got 'gpu'"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_done_is_one_line_and_1(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    (tmp_path / "there").mkdir()
+    code, out, err = run(capsys, "quantize", *(a.format(model=model, tmp=tmp_path) for a in arguments))
+    assert (code, out) == (1, "")
+    assert re.fullmatch(f"fouroversix: error: .*{message}.*\n", err)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["there"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--recipe", "fast"), "got 'fast', needed 'flashinfer'"),
+        (("--recipe", "none/such.json"), "No such file"),
+        (("--max-shard-size", "5XB"), "got '5XB', needed a size such as 5GB"),
+        (("--max-shard-size", "0"), "got '0'"),
+        (("--format", "gguf"), "invalid choice: 'gguf'"),
+        (("--resume", "--dry-run"), "not allowed with"),
+    ],
+    ids=str,
+)
+def test_wrong_options_are_usage(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["quantize", str(model), str(tmp_path / "out"), *arguments])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"), [("5GB", 5 * 10**9), ("1.5 kb", 1500), ("2GiB", 2 << 30), ("77", 77), ("3m", 3 * 10**6)]
+)
+def test_sizes_are_read_as_people_write_them(text: str, nbytes: int) -> None:
+    assert cli._size(text) == nbytes
+
+
+def test_an_interrupted_conversion_says_how_to_go_on(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("quantize", model, tmp_path / "out", "--max-shard-size", "2KB")
+    calls = []
+
+    @contextmanager
+    def interrupting(what: str, nbytes: int) -> Iterator[Any]:
+        def progress(name: str, done: int) -> None:
+            calls.append(name)
+            if len(calls) == 6:
+                raise KeyboardInterrupt
+
+        yield progress
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "_progress", interrupting)
+        code, out, err = run(capsys, *arguments)
+    assert (code, out) == (130, "")
+    assert "out.partial is kept: --resume goes on with it" in err
+    assert not (tmp_path / "out").exists()
+    assert run(capsys, *arguments, "--resume")[0] == 0
+    assert run(capsys, "quantize", model, tmp_path / "whole", "--max-shard-size", "2KB")[0] == 0
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_a_bar_is_drawn_on_a_terminal_only(model: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fouroversix_plugin.cli", "quantize", str(model)]
+    parent, child = pty.openpty()
+    termios.tcsetwinsize(child, (24, 100))
+    done = subprocess.run([*command, str(tmp_path / "a")], stdout=subprocess.PIPE, stderr=child, timeout=60, check=True)
+    os.close(child)
+    drawn = ""
+    with suppress(OSError):  # the terminal is gone
+        while True:
+            drawn += os.read(parent, 1 << 16).decode()
+    os.close(parent)
+    assert "quantizing" in drawn
+    assert "B/s" in drawn
+    assert b"quantizing" not in done.stdout
+    piped = subprocess.run([*command, str(tmp_path / "b")], capture_output=True, timeout=60, check=True)
+    assert piped.stderr == b""
+
+
+def test_inspect_and_compare_pass_a_sound_checkpoint_and_fail_a_damaged_one(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run(capsys, "quantize", model, out)[0] == 0
+    code, text, err = run(capsys, "inspect", out)
+    assert (code, err) == (0, "")
+    assert "mse 256 amax" in text
+    assert report(capsys, "inspect", out)[0] == 0
+    assert report(capsys, "inspect", model)[0] == 0
+    assert report(capsys, "compare", out, "--to", model)[0] == 0
+    code, text, err = run(capsys, "compare", out, "--to", model)
+    assert (code, err) == (0, "")
+    assert "q_proj" in text
+    tensors = load_file(out / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight_scale_2"] *= 1536 / 2688  # the other range
+    save_file(tensors, out / "model.safetensors")
+    assert report(capsys, "compare", out, "--to", model)[0] == 1
+    tensors["model.layers.0.self_attn.q_proj.weight_scale_2"].reciprocal_()
+    save_file(tensors, out / "model.safetensors")
+    code, text, _ = run(capsys, "inspect", out)
+    assert code == 1
+    assert "encode scale" in text
+
+
+def test_compare_draws_what_people_would_rather_look_at(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    assert run(capsys, "quantize", model, tmp_path / "out")[0] == 0
+    code, content = report(capsys, "compare", tmp_path / "out", "--to", model, "--plot", tmp_path / "plots")
+    assert code == 0
+    assert len(content["plots"]) == 3
+    assert all(Path(plot).read_bytes().startswith(b"\x89PNG") for plot in content["plots"])
 
 
 def test_version_needs_neither_torch_nor_an_engine() -> None:

@@ -1,15 +1,18 @@
 """On a GPU: the reference's bytes from the operators' CUDA path, captured and compiled (run by hand, not in CI)."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import assert_close, assert_same_bytes, assert_same_tensor, golden_cases, mixed_magnitudes
+from safetensors.torch import save_file
 from torch import Tensor
 
 import fouroversix_plugin as fos
 from fouroversix_plugin import reference
+from fouroversix_plugin.checkpoint import quantize_checkpoint
 from fouroversix_plugin.kernels import ops
 
 pytestmark = [
@@ -66,3 +69,19 @@ def test_gpu_experts_differ_from_the_cpu_reference(activations: fos.Recipe | Non
     y = fos.moe(x.cuda(), q13.to("cuda"), q2.to("cuda"), weights.cuda(), ids.cuda(), activations)
     expected = reference.moe(x, q13, q2, weights, ids, activations)
     assert_close(y.cpu(), expected, diff=1e-5 if activations is None else 1e-3, ratio=1e-2)
+
+
+def test_a_conversion_on_the_gpu_writes_other_bytes(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(5)
+    source = tmp_path / "source"
+    source.mkdir()
+    shapes = {"q_proj": (512, 256), "k_proj": (128, 256), "v_proj": (128, 256), "down_proj": (256, 1040)}
+    tensors = {
+        f"model.layers.0.{name}.weight": torch.randn(shape, generator=generator) for name, shape in shapes.items()
+    }
+    save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, source / "model.safetensors")
+    (source / "config.json").write_text("{}")
+    for device in ("cpu", "cuda"):
+        quantize_checkpoint(source, tmp_path / device, fos.preset("nvfp4_4over6"), device=device)
+    for path in (tmp_path / "cpu").iterdir():
+        assert (tmp_path / "cuda" / path.name).read_bytes() == path.read_bytes()

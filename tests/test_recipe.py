@@ -286,12 +286,28 @@ def test_range_numbers(recipe: Recipe, code: float, scale: float) -> None:
         ("(a|b)", ["(a|b)"], ["a", "b"]),
         ("^lm_head$", ["^lm_head$"], ["lm_head"]),
         (".*", [".x"], ["lm_head"]),
-        ("re:.*gate", [], ["model.gate"]),
+        ("re:.*gate", ["model.gate", "model.gate_proj"], ["model.Gate", "re:"]),
+        ("re:.*gate$", ["model.gate"], ["model.gate_proj"]),
+        ("re:gate", ["gate", "gate_proj"], ["model.gate"]),  # from the start of the name
     ],
 )
 def test_ignore_matches_whole_names_as_globs(pattern: str, ignored: list[str], kept: list[str]) -> None:
     scheme = Scheme(ignore=(pattern,))
     assert [name for name in ignored + kept if scheme.ignores(name)] == ignored
+
+
+def test_a_broken_regular_expression_in_ignore_is_named() -> None:
+    with pytest.raises(ValueError, match=r"ignore: 're:\(lm_head' is no regular expression"):
+        Scheme(ignore=("re:(lm_head",))
+
+
+def test_static_activations_survive_the_disk() -> None:
+    scheme = preset("nvfp4_static")
+    assert scheme.input_scale == "static"
+    assert scheme.to_dict()["activations"]["granularity"] == "static"
+    assert Scheme.from_dict(scheme.to_dict()) == scheme != preset("nvfp4")
+    with pytest.raises(ValueError, match="input_scale: got 'row', needed 'token' or 'static'"):
+        Scheme(input_scale="row")  # type: ignore[arg-type]
 
 
 def test_presets_quantize_exactly_the_linear_layers() -> None:

@@ -11,16 +11,17 @@ from torch import Tensor
 
 import fouroversix_plugin as fos
 from fouroversix_plugin import reference
+from fouroversix_plugin.formats import COMPRESSED_TENSORS, FOUROVERSIX, OURS, Format, Part
 from fouroversix_plugin.kernels import ops
-from fouroversix_plugin.nvfp4 import NVFP4Tensor
+from fouroversix_plugin.nvfp4 import NVFP4Tensor, scales_to_layout
 from fouroversix_plugin.recipe import Recipe
 from fouroversix_plugin.serving.layer import (
     LoadReport,
     WeightShape,
     apply_linear,
     check_input_size,
-    checked_loader,
     local_expert_ids,
+    static_amax,
 )
 from fouroversix_plugin.weights import quantize_weight, stored_weight
 
@@ -167,9 +168,8 @@ def test_experts_keep_a_scale_for_each_half() -> None:
 def filled(*missing: str) -> dict[str, Any]:
     """A layer's parameters after loading, where the checkpoint lacked some."""
     arguments = stored()
-    parts = WeightShape(rows=64, columns=64, full_columns=128, shards=3).stored()
-    names = {"weight": "packed", "weight_scale": "block_scale", "weight_scale_2": "decode_scale"}
-    empty = {names[name]: tensor for name, tensor, _ in parts}
+    parameters = WeightShape(rows=64, columns=64, full_columns=128, shards=3).stored(OURS)
+    empty: dict[str, Tensor] = {parameter.part: parameter.empty for parameter in parameters}
     for part, tensor in empty.items():
         assert (tensor.dtype, tensor.shape) == (arguments[part].dtype, arguments[part].shape)
     return {**arguments, **{part: empty[part] for part in missing}}
@@ -304,9 +304,16 @@ class Recorder:
         return "loaded"
 
 
+def loader_of(part: Part, loader: Any, layer: str = "o_proj", form: Format = OURS, **more: Any) -> Any:
+    """What an engine calls to fill one part of a weight with K = 64."""
+    shape = WeightShape(rows=2, columns=64, full_columns=64, shards=1)
+    parameter = next(parameter for parameter in shape.stored(form) if parameter.part == part)
+    return parameter.loader(loader, layer, Recipe(), **more)
+
+
 def test_bytes_that_fit_reach_the_engine_as_they_are() -> None:
     recorder = Recorder()
-    load = checked_loader(recorder.weight_loader, "layer", "weight_scale", 4)
+    load = loader_of("block_scale", recorder.weight_loader)
     param = torch.zeros(2, 4, dtype=torch.uint8).view(E4M3)
     scales = torch.tensor([[1, 0x7E, 0x38, 0], [2, 3, 4, 5]], dtype=torch.uint8)
     # Some writers store E4M3 scales as uint8: the same bytes, not numbers to be converted.
@@ -319,38 +326,40 @@ def test_bytes_that_fit_reach_the_engine_as_they_are() -> None:
 
 @pytest.mark.parametrize("loaded", [torch.tensor(0.5), torch.tensor([0.5]), torch.tensor(0.5, dtype=torch.bfloat16)])
 def test_a_decode_scale_may_have_any_form_of_one_number(loaded: Tensor) -> None:
-    param = torch.full(loaded.shape, torch.nan)
-    checked_loader(Recorder().weight_loader, "layer", "weight_scale_2", None)(param, loaded)
+    param = torch.full((), torch.nan)
+    loader_of("decode_scale", Recorder().weight_loader)(param, loaded)
     assert param.item() == 0.5
+    param.fill_(torch.nan)
+    loader_of("decode_scale", Recorder().weight_loader, form=COMPRESSED_TENSORS)(param, loaded)
+    assert param.item() == 2.0
 
 
 @pytest.mark.parametrize(
-    ("name", "param", "loaded", "message"),
+    ("part", "loaded", "message"),
     [
-        ("weight", torch.uint8, torch.zeros(2, 32, dtype=torch.bfloat16), "got torch.bfloat16, needed torch.uint8"),
-        ("weight", torch.uint8, torch.zeros(2, 32, dtype=torch.int8), "got torch.int8, needed torch.uint8"),
-        ("weight", torch.uint8, torch.zeros(2, 32).to(E4M3), "got torch.float8_e4m3fn, needed torch.uint8"),
-        ("weight_scale", E4M3, torch.zeros(2, 32), "got torch.float32, needed torch.float8_e4m3fn"),
-        ("weight_scale_2", torch.float32, torch.zeros(1, dtype=torch.uint8), "got torch.uint8, needed torch.float32"),
+        ("packed", torch.zeros(2, 32, dtype=torch.bfloat16), "got torch.bfloat16, needed torch.uint8"),
+        ("packed", torch.zeros(2, 32, dtype=torch.int32), "got torch.int32, needed torch.uint8"),
+        ("packed", torch.zeros(2, 32).to(E4M3), "got torch.float8_e4m3fn, needed torch.uint8"),
+        ("block_scale", torch.zeros(2, 4), "got torch.float32, needed torch.float8_e4m3fn"),
+        ("decode_scale", torch.zeros(1, dtype=torch.uint8), "got torch.uint8, needed float32"),
     ],
 )
-def test_a_cast_that_would_turn_bytes_into_numbers_is_refused(
-    name: str, param: torch.dtype, loaded: Tensor, message: str
-) -> None:
+def test_a_cast_that_would_turn_bytes_into_numbers_is_refused(part: Part, loaded: Tensor, message: str) -> None:
     recorder = Recorder()
-    load = checked_loader(recorder.weight_loader, "layers.0.o_proj", name, None if name.endswith("_2") else 32)
+    load = loader_of(part, recorder.weight_loader, "layers.0.o_proj")
+    name = OURS.names[part]
     with pytest.raises(
         ValueError, match=rf"^layers\.0\.o_proj\.{name}: {message}.*add 'layers\.0\.o_proj' to the `ignore`"
     ):
-        load(torch.zeros(loaded.shape, dtype=torch.uint8).to(param), loaded)
+        load(torch.zeros(loaded.shape, dtype=torch.uint8), loaded)
     assert recorder.calls == []
 
 
 @pytest.mark.parametrize("shape", [(2, 64), (2, 16), (32,), ()], ids=str)
 def test_a_tensor_of_another_width_is_not_cut_to_fit(shape: tuple[int, ...]) -> None:
     recorder = Recorder()
-    load = checked_loader(recorder.weight_loader, "o_proj", "weight", 32)
-    needed = re.escape(f"o_proj.weight: got shape {shape}, needed 32 columns")
+    load = loader_of("packed", recorder.weight_loader)
+    needed = re.escape(f"o_proj.weight: got shape {shape}, needed ({shape[0] if shape else 1}, 32)")
     with pytest.raises(ValueError, match=needed):
         load(torch.zeros(2, 32, dtype=torch.uint8), torch.zeros(shape, dtype=torch.uint8))
     assert recorder.calls == []
@@ -363,12 +372,87 @@ def test_an_engines_bare_assertion_gets_the_name_of_the_layer(failure: Exception
     def weight_loader(param: Tensor, loaded: Tensor) -> None:
         raise failure
 
-    load = checked_loader(weight_loader, "o_proj", "weight", 32)
+    load = loader_of("packed", weight_loader)
     why = str(failure) or "AssertionError"
     needed = re.escape(f"o_proj.weight: a tensor of shape (3, 32) does not fit into (2, 32) on this rank ({why})")
     with pytest.raises(ValueError, match=needed) as caught:
         load(torch.zeros(2, 32, dtype=torch.uint8), torch.zeros(3, 32, dtype=torch.uint8))
     assert caught.value.__cause__ is failure
+
+
+def test_padded_tensors_reach_the_engine_without_their_padding() -> None:
+    x = torch.randn(130, 80, generator=torch.Generator().manual_seed(3))
+    q = fos.quantize(x)
+    blocks = torch.zeros(256, 8, dtype=torch.uint8)
+    blocks[:130, :5] = q.block_scale.view(torch.uint8)
+    packed = torch.zeros(256, 64, dtype=torch.uint8)
+    packed[:130, :40] = q.packed
+    stored_parts: dict[Part, Tensor] = {
+        "packed": packed,
+        "block_scale": scales_to_layout(blocks.view(E4M3), "128x4"),
+        "decode_scale": x.abs().max().reshape(1),
+        "metadata": torch.tensor([130, 80, 256, 128, 1, 1]),
+    }
+    expected: dict[Part, Tensor] = {
+        "packed": q.packed,
+        "block_scale": q.block_scale,
+        "decode_scale": q.decode_scale.reshape(1),
+    }
+    for parameter in WeightShape(rows=130, columns=80, full_columns=80, shards=1).stored(FOUROVERSIX):
+        recorder = Recorder()
+        load = parameter.loader(recorder.weight_loader, "o_proj", Recipe(), rows=lambda shard: {"all": 130}[shard])
+        if parameter.part == "metadata":
+            load(parameter.empty, stored_parts["metadata"], "all")
+            assert recorder.calls == [], "metadata is checked and goes nowhere"
+            with pytest.raises(ValueError, match=r"o_proj.quantized_weight_metadata: got \[130, 80, 256, 128, 1, 0\]"):
+                load(parameter.empty, torch.tensor([130, 80, 256, 128, 1, 0]), "all")
+            continue
+        param = torch.zeros_like(expected[parameter.part])
+        if parameter.part == "decode_scale":
+            param = param.reshape(())
+        load(param, stored_parts[parameter.part], "all")
+        assert_same_tensor(parameter.name, param.reshape(-1), expected[parameter.part].reshape(-1))
+        unknown = parameter.loader(recorder.weight_loader, "o_proj", Recipe())
+        with pytest.raises(ValueError, match="how many of its rows are padding"):
+            unknown(param, stored_parts[parameter.part], "all")
+
+
+def test_scales_in_the_layout_of_a_gemm_do_not_reach_the_engine() -> None:
+    # Rows of different size, as a trained weight has them.
+    x = randn(256, 1024, seed=4) * randn(256, 1, seed=5).exp()
+    scales = fos.quantize(x).block_scale
+    shape = WeightShape(rows=256, columns=1024, full_columns=1024, shards=1)
+    parameter = next(parameter for parameter in shape.stored(OURS) if parameter.part == "block_scale")
+    recorder = Recorder()
+    load = parameter.loader(recorder.weight_loader, "o_proj", Recipe())
+    load(torch.zeros_like(scales), scales)
+    assert len(recorder.calls) == 1
+    with pytest.raises(ValueError, match=r"o_proj\.weight_scale: the block scales lie in the 128x4 layout"):
+        load(torch.zeros_like(scales), scales_to_layout(scales, "128x4").view(scales.shape))
+    assert len(recorder.calls) == 1
+
+
+# --- layer: static activations ---
+
+
+def test_the_largest_calibrated_scale_serves_all_shards() -> None:
+    scales = torch.tensor([[0.5, 2.0], [1.0, 0.25]])
+    assert static_amax("experts", scales).item() == 2.0 * 2688
+    assert static_amax("experts", scales[:, 0]).item() == 2688
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (torch.nan, r"experts\.input_scale: got nothing"),
+        (0.0, r"experts\.input_scale: got 0\.0, needed finite and above 0"),
+        (-1.0, r"got -1\.0"),
+        (torch.inf, "needed finite"),
+    ],
+)
+def test_a_calibrated_scale_that_cannot_be_is_refused(bad: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        static_amax("experts", torch.tensor([1.0, bad]))
 
 
 # --- layer: one line in the log ---
@@ -422,6 +506,26 @@ def test_stored_and_online_weights_report_the_same_size(log: pytest.LogCaptureFi
     assert log.messages[0] == log.messages[1]
 
 
+@pytest.mark.parametrize(
+    ("made_with", "claimed", "warns"),
+    [
+        (Recipe(scale_max=256), Recipe(scale_max=448), True),
+        (Recipe(scale_max=448), Recipe(scale_max=448), False),
+        (Recipe(scale_max=256), Recipe(scale_max=256), False),
+        (Recipe(scale_max=256), None, False),  # files of others make no claim
+    ],
+)
+def test_a_wide_label_on_narrow_weights_is_mentioned(
+    log: pytest.LogCaptureFixture, made_with: Recipe, claimed: Recipe | None, warns: bool
+) -> None:
+    q = quantize_weight("l", randn(64, 64), made_with)
+    log.clear()
+    report = LoadReport(claimed)
+    report.expect("l")
+    report.loaded("l", [q], ops.as_stored(q))
+    assert any("says scale_max 448, but no block scale exceeds 384" in message for message in log.messages) is warns
+
+
 # --- layer: applying ---
 
 
@@ -430,7 +534,7 @@ def test_stored_and_online_weights_report_the_same_size(log: pytest.LogCaptureFi
 def test_a_prepared_layer_is_the_public_linear(shape: tuple[int, ...], activations: Recipe | None) -> None:
     x, bias = randn(*shape).bfloat16(), randn(64, seed=1).bfloat16()
     q = stored_weight(**stored())
-    y = apply_linear(x, ops.prepare_weight(q, x.dtype), activations, bias)
+    y = apply_linear(x, ops.prepare_weight(q, x.dtype), activations, bias, None)
     assert_same_tensor("y", y, fos.linear(x, q, activations, bias))
     assert y.shape == (*shape[:-1], 64)
 
@@ -447,7 +551,7 @@ def test_the_recipe_of_the_weights_does_not_reach_the_activations() -> None:
     of_weights, of_activations = Recipe("mae", 448, error="decode_scale"), Recipe("mse", 256)
     x, weight = randn(8, 512), randn(48, 512, seed=1)
     q = quantize_weight("layer", weight, of_weights)
-    y = apply_linear(x, ops.prepare_weight(q, torch.float32), of_activations, None)
+    y = apply_linear(x, ops.prepare_weight(q, torch.float32), of_activations, None, None)
 
     def expected(weights: Recipe, activations: Recipe) -> Tensor:
         return reference.linear(x, reference.quantize(weight, weights), activations)

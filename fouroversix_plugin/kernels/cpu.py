@@ -79,11 +79,15 @@ def moe(
     activations: Recipe | None,
     activation: str,
     apply_router_weight_on_input: bool,
+    input_amax: Tensor | None = None,
+    inner_amax: Tensor | None = None,
 ) -> Tensor:
     """:func:`fouroversix_plugin.reference.moe` on expanded weights: an expert sees only the tokens routed to it."""
     half = w13.shape[-2] // 2
     slots = torch.zeros(*topk_ids.shape, w2.shape[-2], dtype=torch.float32)
-    quantized = None if activations is None or apply_router_weight_on_input else quantize_values(x, activations)
+    quantized = None
+    if activations is not None and not apply_router_weight_on_input:
+        quantized = quantize_values(x, activations, input_amax)
     for e in topk_ids.unique().tolist():
         if not 0 <= e < w13.shape[0]:
             continue  # another rank's expert
@@ -94,11 +98,11 @@ def moe(
         elif apply_router_weight_on_input:
             expert_in = (expert_in.float() * topk_weights[token, slot].float().unsqueeze(-1)).to(x.dtype)
             if activations is not None:
-                expert_in, token_scale = quantize_values(expert_in, activations)
+                expert_in, token_scale = quantize_values(expert_in, activations, input_amax)
         gate_up = scaled_matmul(expert_in, w13[e], token_scale, w13_decode_scale[e]).to(x.dtype).float()
         hidden = reference.gated_activation(gate_up[:, :half], gate_up[:, half:], activation).to(x.dtype)
         token_scale = None
         if activations is not None:
-            hidden, token_scale = quantize_values(hidden, activations)
+            hidden, token_scale = quantize_values(hidden, activations, inner_amax)
         slots[token, slot] = scaled_matmul(hidden, w2[e], token_scale, w2_decode_scale[e])
     return reference.combine(slots, topk_weights, apply_router_weight_on_input).to(x.dtype)

@@ -48,7 +48,7 @@ _SCHEMAS = (
     "ScalarType dtype) -> Tensor",
     "moe(Tensor x, Tensor w13, Tensor? w13_block_scale, Tensor w13_decode_scale, Tensor w2, Tensor? w2_block_scale, "
     "Tensor w2_decode_scale, Tensor topk_weights, Tensor topk_ids, str? activations, str activation, "
-    "bool apply_router_weight_on_input) -> Tensor",
+    "bool apply_router_weight_on_input, Tensor? input_amax, Tensor? inner_amax) -> Tensor",
 )
 
 _library = torch.library.Library("fouroversix", "DEF")
@@ -97,11 +97,13 @@ def dequantize(q: NVFP4Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return out
 
 
-def linear(x: Tensor, w: PreparedWeight, activations: Recipe | None, bias: Tensor | None) -> Tensor:
+def linear(
+    x: Tensor, w: PreparedWeight, activations: Recipe | None, bias: Tensor | None, input_amax: Tensor | None = None
+) -> Tensor:
     """x [M, K] times a prepared weight; see :func:`fouroversix_plugin.reference.linear`."""
     values, token_scale = x, None
     if activations is not None:
-        values, token_scale = torch.ops.fouroversix.quantize_values(x, None, activations.key)
+        values, token_scale = torch.ops.fouroversix.quantize_values(x, input_amax, activations.key)
     out: Tensor = torch.ops.fouroversix.linear(
         values, w.weight, w.block_scale, w.decode_scale, token_scale, bias, x.dtype
     )
@@ -117,6 +119,8 @@ def moe(
     activations: Recipe | None,
     activation: str,
     apply_router_weight_on_input: bool,
+    input_amax: Tensor | None = None,
+    inner_amax: Tensor | None = None,
 ) -> Tensor:
     """Mixture of experts on prepared weights; see :func:`fouroversix_plugin.reference.moe`."""
     out: Tensor = torch.ops.fouroversix.moe(
@@ -132,6 +136,8 @@ def moe(
         None if activations is None else activations.key,
         activation,
         apply_router_weight_on_input,
+        input_amax,
+        inner_amax,
     )
     return out
 
@@ -233,6 +239,8 @@ def _cpu_moe(
     activations: str | None,
     activation: str,
     apply_router_weight_on_input: bool,
+    input_amax: Tensor | None,
+    inner_amax: Tensor | None,
 ) -> Tensor:
     return cpu.moe(
         x,
@@ -245,6 +253,8 @@ def _cpu_moe(
         None if activations is None else Recipe.from_key(activations),
         activation,
         apply_router_weight_on_input,
+        input_amax,
+        inner_amax,
     )
 
 
@@ -286,6 +296,8 @@ def _moe(
     activations: str | None,
     activation: str,
     apply_router_weight_on_input: bool,
+    input_amax: Tensor | None,
+    inner_amax: Tensor | None,
 ) -> Tensor:
     if w13_block_scale is None or w2_block_scale is None:
         raise ValueError(f"moe: got expanded experts on {x.device}, needed packed ones; only the CPU expands them")
@@ -298,6 +310,8 @@ def _moe(
         None if activations is None else Recipe.from_key(activations),
         activation,
         apply_router_weight_on_input,
+        input_amax,
+        inner_amax,
     )
 
 

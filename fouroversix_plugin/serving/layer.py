@@ -1,8 +1,8 @@
 """What every engine needs of a quantized layer, without knowing an engine.
 
 A layer's life: its shape is checked when it is created (:func:`check_input_size`); its parameters are filled from a
-checkpoint (:class:`WeightShape`, :func:`checked_loader`) and checked, or its full-precision weight is quantized (both:
-:mod:`fouroversix_plugin.weights`); the result is prepared for the device once
+checkpoint (:class:`WeightShape`, :class:`StoredParameter`) and checked, or its full-precision weight is quantized
+(both: :mod:`fouroversix_plugin.weights`); the result is prepared for the device once
 (:func:`fouroversix_plugin.kernels.ops.prepare_weight`); then it is applied.
 
 Every error names the layer, what was got, what was needed and what to do.
@@ -14,14 +14,24 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fouroversix_plugin.formats import INPUT_SCALE_RANGE, Format, Part
 from fouroversix_plugin.kernels import ops
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
 from fouroversix_plugin.recipe import BLOCK_SIZE, Recipe
-from fouroversix_plugin.weights import E4M3_NAN, UNLOADED_CODES
+from fouroversix_plugin.weights import (
+    E4M3_NAN,
+    NARROW,
+    UNLOADED_CODES,
+    check_row_major,
+    e4m3_value,
+    looks_narrow,
+    missing,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -64,64 +74,114 @@ class WeightShape:
         """What a full-precision weight is loaded into, without memory until it arrives."""
         return torch.empty(*self.lead, self.rows, self.columns, dtype=dtype, device="meta")
 
-    def stored(self) -> Iterator[tuple[str, Tensor, int | None]]:
-        """Name, empty tensor and last dimension in the checkpoint (None for the decode scales) of each stored part.
+    def stored(self, form: Format) -> Iterator[StoredParameter]:
+        """What the parts of a stored weight are loaded into; see :meth:`Format.canonical` for their shapes.
 
         Everything starts as what no checkpoint holds, so that ``stored_weight`` sees what was never loaded.
         """
-        half, blocks = self.columns // 2, self.columns // BLOCK_SIZE
-        yield "weight", self._filled(half, UNLOADED_CODES), self.full_columns // 2
-        block_scale = self._filled(blocks, E4M3_NAN).view(torch.float8_e4m3fn)
-        yield "weight_scale", block_scale, self.full_columns // BLOCK_SIZE
-        yield "weight_scale_2", torch.full((*self.lead, self.shards), torch.nan, dtype=torch.float32), None
+        shards = (*self.lead, self.shards)
+        empty: dict[Part, Tensor] = {
+            "packed": self._filled(self.columns // 2, UNLOADED_CODES),
+            "block_scale": self._filled(self.columns // BLOCK_SIZE, E4M3_NAN).view(torch.float8_e4m3fn),
+            "decode_scale": torch.full(shards, torch.nan, dtype=torch.float32),
+            "input_scale": torch.full(shards, torch.nan, dtype=torch.float32),
+            "metadata": torch.zeros(shards, dtype=torch.int64),
+        }
+        return (StoredParameter(form, part, name, empty[part], self.full_columns) for part, name in form.names.items())
 
     def _filled(self, columns: int, byte: int) -> Tensor:
         return torch.full((*self.lead, self.rows, columns), byte, dtype=torch.uint8)
 
 
-def checked_loader(loader: Callable[..., object], layer: str, name: str, columns: int | None) -> Callable[..., object]:
-    """An engine's ``weight_loader(param, loaded_weight, …)`` that checks what it is given.
-
-    Engines copy whatever they get: a cast would turn bytes into numbers, a slice would hide a tensor too wide, and an
-    assertion of theirs names no layer.
+@dataclass(frozen=True, slots=True)
+class StoredParameter:
+    """One tensor of a stored weight as an engine creates and fills it.
 
     Args:
-        loader: the engine's.
-        layer: full name of the layer.
-        name: name of its parameter.
-        columns: last dimension of the whole tensor in the checkpoint, None for a decode scale.
+        form: how the checkpoint spells its weights.
+        part: which part of the weight.
+        name: of the tensor, after the module's.
+        empty: what it is loaded into: the canonical part as this rank holds it.
+        full_columns: K over all ranks.
     """
 
-    @functools.wraps(loader)
-    def load(param: Tensor, loaded_weight: Tensor, *args: object, **kwargs: object) -> object:
-        where = f"{layer}.{name}"
-        if loaded_weight.dtype == torch.uint8 and param.dtype == torch.float8_e4m3fn:
-            loaded_weight = loaded_weight.view(torch.float8_e4m3fn)
-        if loaded_weight.dtype != param.dtype and not (loaded_weight.is_floating_point() and columns is None):
-            raise ValueError(
-                f"{where}: got {loaded_weight.dtype}, needed {param.dtype}; the checkpoint's tensor is not NVFP4: "
-                f"quantize the checkpoint again, or add {layer!r} to the `ignore` list of its config.json"
-            )
-        if columns is not None and (loaded_weight.ndim < 2 or loaded_weight.shape[-1] != columns):
-            raise ValueError(
-                f"{where}: got shape {tuple(loaded_weight.shape)}, needed {columns} columns; config.json and the "
-                "tensors disagree: quantize the checkpoint again"
-            )
-        try:
-            return loader(param, loaded_weight, *args, **kwargs)
-        except (AssertionError, RuntimeError, IndexError) as error:
-            raise ValueError(
-                f"{where}: a tensor of shape {tuple(loaded_weight.shape)} does not fit into {tuple(param.shape)} "
-                f"on this rank ({str(error) or type(error).__name__}); config.json and the tensors disagree"
-            ) from error
+    form: Format
+    part: Part
+    name: str
+    empty: Tensor
+    full_columns: int
 
-    return load
+    def loader(
+        self,
+        loader: Callable[..., object],
+        layer: str,
+        recipe: Recipe,
+        rows: Callable[..., int | None] = lambda *shard, **named: None,
+    ) -> Callable[..., object]:
+        """An engine's ``weight_loader(param, loaded_weight, …)`` that checks what it is given and makes it canonical.
+
+        Engines copy whatever they get: a cast would turn bytes into numbers, a slice would hide a tensor too wide, and
+        an assertion of theirs names no layer.
+
+        Args:
+            loader: the engine's.
+            layer: full name of the layer.
+            recipe: of the weights, as the checkpoint claims it.
+            rows: given what the engine says of the shard, its N over all ranks, or None where that is not known.
+        """
+        where = f"{layer}.{self.name}"
+
+        @functools.wraps(loader)
+        def load(param: Tensor, loaded_weight: Tensor, *shard: Any, **named: Any) -> object:
+            try:
+                # Only padding makes the tensor itself an unreliable witness.
+                n = rows(*shard, **named) if self.form.padded else None
+                part = self.form.canonical(self.part, where, loaded_weight, n, self.full_columns, recipe)
+                if self.part == "block_scale" and not self.form.padded:
+                    check_row_major(where, part)
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}; config.json and the tensors disagree: quantize the checkpoint again, or add {layer!r} "
+                    "to the `ignore` list of its config.json"
+                ) from error
+            if self.part == "metadata":  # there to be checked: the shapes are known
+                return True if named.get("return_success") else None
+            try:
+                return loader(param, part, *shard, **named)
+            except (AssertionError, RuntimeError, IndexError) as error:
+                raise ValueError(
+                    f"{where}: a tensor of shape {tuple(part.shape)} does not fit into {tuple(param.shape)} on this "
+                    f"rank ({str(error) or type(error).__name__}); config.json and the tensors disagree"
+                ) from error
+
+        return load
+
+
+def static_amax(name: str, input_scale: Tensor) -> Tensor:
+    """float32 []: what all activations of a layer are scaled for, from the calibrated scales of its shards and experts.
+
+    They see the same input, so calibration should have given them one amax; the largest serves all.
+
+    Raises:
+        ValueError: a scale the checkpoint did not hold, or one that is not positive and finite.
+    """
+    if not bool((input_scale.isfinite() & (input_scale > 0)).all()):
+        if bool(input_scale.isnan().any()):
+            raise ValueError(missing(name, "input_scale"))
+        raise ValueError(f"{name}.input_scale: got {input_scale.min().item()}, needed finite and above 0")
+    return input_scale.max() * INPUT_SCALE_RANGE
 
 
 class LoadReport:
-    """Counts over the layers of a model on this rank, for one line in the log once all of them are loaded."""
+    """Counts over the layers of a model on this rank, for one line in the log once all of them are loaded.
 
-    def __init__(self) -> None:
+    Args:
+        claimed: what a checkpoint says its weights were quantized with, or None where it says nothing.
+    """
+
+    def __init__(self, claimed: Recipe | None = None) -> None:
+        self.claimed = claimed
+        self._largest = 0
         self._pending: set[str] = set()
         self._layers = self._values = self._nbytes = self._fours = self._blocks = 0
 
@@ -141,6 +201,7 @@ class LoadReport:
             self._nbytes += q.nbytes
             self._fours += fours
             self._blocks += blocks
+            self._largest = max(self._largest, int(q.block_scale.view(torch.uint8).max()))
         if self._pending:
             return
         logger.info(
@@ -150,15 +211,25 @@ class LoadReport:
             8 * self._nbytes / self._values,
             100 * self._fours / max(self._blocks, 1),
         )
+        if self.claimed is not None and looks_narrow(self.claimed, e4m3_value(self._largest)):
+            logger.warning(
+                "fouroversix: the checkpoint says scale_max %d, but no block scale exceeds %g, as with scale_max %d: "
+                "the weights are read right either way, but activations would be scaled unlike those of their producer",
+                self.claimed.scale_max,
+                NARROW.largest_block_scale,
+                NARROW.scale_max,
+            )
         if prepared.block_scale is None:
             logger.info(
                 "fouroversix: on CPU the weights are held dequantized after loading (%s)", prepared.weight.dtype
             )
 
 
-def apply_linear(x: Tensor, w: ops.PreparedWeight, activations: Recipe | None, bias: Tensor | None) -> Tensor:
-    """y = x W^T + bias for x [..., K] on a prepared weight."""
-    y = ops.linear(x.reshape(-1, x.shape[-1]), w, activations, bias)
+def apply_linear(
+    x: Tensor, w: ops.PreparedWeight, activations: Recipe | None, bias: Tensor | None, input_amax: Tensor | None
+) -> Tensor:
+    """y = x W^T + bias for x [..., K] on a prepared weight; ``input_amax`` as :func:`static_amax` has it."""
+    y = ops.linear(x.reshape(-1, x.shape[-1]), w, activations, bias, input_amax)
     return y.view(*x.shape[:-1], w.decode_scale.shape[0])
 
 

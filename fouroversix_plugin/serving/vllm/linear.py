@@ -14,6 +14,7 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.parameter import ModelWeightParameter, PerTensorScaleParameter
 from vllm.model_executor.utils import replace_parameter
 
+from fouroversix_plugin.formats import Format, Part
 from fouroversix_plugin.kernels import select
 from fouroversix_plugin.kernels.ops import PreparedWeight, prepare_weight
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
@@ -28,6 +29,7 @@ DONE = "_already_called_process_weights_after_loading"
 class _LinearMethod(LinearMethodBase):
     def __init__(self, scheme: Scheme, report: neutral.LoadReport, prefix: str) -> None:
         self.scheme, self.report, self.prefix = scheme, report, prefix
+        self.output_size = 0
 
     def create_weights(
         self,
@@ -41,6 +43,7 @@ class _LinearMethod(LinearMethodBase):
     ) -> None:
         neutral.check_input_size(self.prefix, input_size_per_partition, input_size)
         self.report.expect(self.prefix)
+        self.output_size = output_size
         layer.logical_widths = output_partition_sizes
         layer.input_size_per_partition = input_size_per_partition
         layer.output_size_per_partition = sum(output_partition_sizes)
@@ -69,33 +72,60 @@ class _LinearMethod(LinearMethodBase):
         raise NotImplementedError
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return neutral.apply_linear(x, installed(layer, ""), self.scheme.activations, bias)
+        return neutral.apply_linear(
+            x, installed(layer, ""), self.scheme.activations, bias, getattr(layer, INPUT_AMAX, None)
+        )
 
 
 @register_weight_loader_v2_supported_method
 class StoredLinearMethod(_LinearMethod):
-    """Weights of a quantized checkpoint, under ModelOpt's names."""
+    """Weights of a quantized checkpoint."""
+
+    def __init__(self, scheme: Scheme, report: neutral.LoadReport, prefix: str, form: Format) -> None:
+        super().__init__(scheme, report, prefix)
+        self.form = form
 
     def _create(self, layer: Any, shape: neutral.WeightShape, dtype: torch.dtype, loader: Callable[..., Any]) -> None:
         check_loads_weights(self.prefix)
-        for name, empty, columns in shape.stored():
-            if columns is None:
-                checked = neutral.checked_loader(_fill_all_shards(loader), self.prefix, name, columns)
-                parameter = PerTensorScaleParameter(data=empty, weight_loader=checked)
+
+        def rows(*shard: Any, **named: Any) -> int | None:
+            return _rows_in_checkpoint(layer, self.output_size, shard[0] if shard else None)
+
+        for stored in shape.stored(self.form):
+            whole = stored.part in ("packed", "block_scale")
+            checked = stored.loader(
+                loader if whole else _fill_all_shards(loader), self.prefix, self.scheme.weights, rows
+            )
+            if whole:
+                parameter = ModelWeightParameter(data=stored.empty, input_dim=1, output_dim=0, weight_loader=checked)
             else:
-                checked = neutral.checked_loader(loader, self.prefix, name, columns)
-                parameter = ModelWeightParameter(data=empty, input_dim=1, output_dim=0, weight_loader=checked)
-            layer.register_parameter(name, parameter)
+                parameter = PerTensorScaleParameter(data=stored.empty, weight_loader=checked)
+            layer.register_parameter(stored.name, parameter)
 
     def _quantized(self, layer: Any) -> NVFP4Tensor:
+        parts = take_parts(layer, "", self.form)
+        if self.scheme.input_scale == "static" and self.scheme.activations is not None:
+            install_amax(layer, INPUT_AMAX, neutral.static_amax(self.prefix, parts["input_scale"]))
         return stored_weight(
             self.prefix,
-            layer.weight.data,
-            layer.weight_scale.data,
-            layer.weight_scale_2.data,
+            parts["packed"],
+            parts["block_scale"],
+            parts["decode_scale"],
             layer.logical_widths,
             self.scheme.weights,
         )
+
+
+def _rows_in_checkpoint(layer: Any, output_size: int, shard: Any) -> int | None:
+    """N of a shard over all ranks, by what vLLM's merged layers know of themselves; None where they know nothing."""
+    if shard is None:
+        return output_size
+    if shard in ("q", "k", "v") and hasattr(layer, "total_num_kv_heads"):
+        heads = layer.total_num_heads if shard == "q" else layer.total_num_kv_heads
+        size = getattr(layer, "v_head_size", layer.head_size) if shard == "v" else layer.head_size
+        return int(heads * size)
+    sizes = getattr(layer, "output_sizes", None)
+    return int(sizes[shard]) if isinstance(shard, int) and sizes is not None else None
 
 
 def _fill_all_shards(loader: Callable[..., Any]) -> Callable[..., Any]:
@@ -159,6 +189,24 @@ def reduce_max_over(group: Any) -> Callable[[Tensor], Tensor]:
         return amax
 
     return reduce
+
+
+INPUT_AMAX = "input_amax"
+"""The attribute of a layer with static activations: what they are scaled for."""
+
+
+def take_parts(layer: Any, stem: str, form: Format) -> dict[Part, Tensor]:
+    """The loaded parts of a stored weight; those that :func:`install` does not replace leave the layer."""
+    parts = {part: getattr(layer, stem + name).data for part, name in form.names.items()}
+    for name in form.names.values():
+        if name not in _NAMES:
+            delattr(layer, stem + name)
+    return parts
+
+
+def install_amax(layer: Any, name: str, amax: Tensor) -> None:
+    """As a buffer: it moves with the layer and compiled graphs read it."""
+    layer.register_buffer(name, amax, persistent=False)
 
 
 _NAMES = ("weight", "weight_scale", "weight_scale_2")

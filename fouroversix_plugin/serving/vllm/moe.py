@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.utils import set_weight_attrs
 
+from fouroversix_plugin.formats import Format, Part
 from fouroversix_plugin.kernels import ops, select
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
 from fouroversix_plugin.recipe import Scheme
@@ -22,23 +24,32 @@ from fouroversix_plugin.serving.vllm.linear import (
     check_all_loaded,
     check_loads_weights,
     install,
+    install_amax,
     installed,
     loads_weights,
     reduce_max_over,
+    take_parts,
 )
 from fouroversix_plugin.weights import quantize_weight, stored_weight
 
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
 
-def method_for(layer: Any, prefix: str, scheme: Scheme, report: neutral.LoadReport, stored: bool) -> FusedMoEMethodBase:
-    """The method of a RoutedExperts layer: ours, or the unquantized one where all its experts are ignored."""
+def method_for(
+    layer: Any, prefix: str, scheme: Scheme, report: neutral.LoadReport, form: Format | None
+) -> FusedMoEMethodBase:
+    """The method of a RoutedExperts layer: ours, or the unquantized one where all its experts are ignored.
+
+    ``form`` is how a quantized checkpoint spells its weights, None for a full-precision one.
+    """
     base = prefix.removesuffix(".routed_experts")
     projections = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
     experts = [f"{base}.{e}.{name}" for e in range(layer.global_num_experts) for name in projections if name]
     if scheme.ignores(base, experts) or scheme.ignores(prefix):
         return UnquantizedFusedMoEMethod(layer.moe_config)
-    return (StoredMoEMethod if stored else OnlineMoEMethod)(layer, scheme, report, base)
+    if form is None:
+        return OnlineMoEMethod(layer, scheme, report, base)
+    return StoredMoEMethod(layer, scheme, report, base, form)
 
 
 class _MoEMethod(FusedMoEMethodBase):
@@ -126,31 +137,73 @@ class _MoEMethod(FusedMoEMethodBase):
             self.scheme.activations,
             layer.activation.value,
             layer.apply_router_weight_on_input,
+            getattr(layer, _W13_AMAX, None),
+            getattr(layer, _W2_AMAX, None),
         )
 
 
 class StoredMoEMethod(_MoEMethod):
-    """Experts of a quantized checkpoint, under ModelOpt's names."""
+    """Experts of a quantized checkpoint."""
+
+    def __init__(self, layer: Any, scheme: Scheme, report: neutral.LoadReport, prefix: str, form: Format) -> None:
+        super().__init__(layer, scheme, report, prefix)
+        self.form = form
 
     def _create(
         self, layer: Any, stem: str, shape: neutral.WeightShape, dtype: torch.dtype, attributes: dict[str, Any]
     ) -> None:
         check_loads_weights(self.prefix)
-        # vLLM's expert loader decides by this attribute how a scale is cut and where it goes.
-        kinds = {"weight": {}, "weight_scale": {"quant_method": "block"}, "weight_scale_2": {"quant_method": "tensor"}}
-        for name, empty, columns in shape.stored():
-            parameter = torch.nn.Parameter(empty, requires_grad=False)
-            layer.register_parameter(stem + name, parameter)
-            loader = neutral.checked_loader(attributes["weight_loader"], self.prefix, stem + name, columns)
-            set_weight_attrs(parameter, {**attributes, **kinds[name], "weight_loader": loader})
+        full_rows = shape.rows if stem == "w2_" else shape.rows // 2 * self.moe.moe_parallel_config.tp_size
+        for stored in shape.stored(self.form):
+            parameter = torch.nn.Parameter(stored.empty, requires_grad=False)
+            layer.register_parameter(stem + stored.name, parameter)
+            kind = _KINDS[stored.part]
+            loader = stored.loader(
+                _under_name(attributes["weight_loader"], stem + kind.name),
+                f"{self.prefix} ({stem}*)",
+                self.scheme.weights,
+                lambda *shard, **named: full_rows,
+            )
+            set_weight_attrs(parameter, {**attributes, **kind.attributes, "weight_loader": loader})
 
     def _quantized(self, layer: Any, stem: str) -> NVFP4Tensor:
-        packed, block_scale, decode_scale = (
-            getattr(layer, stem + name).data for name in ("weight", "weight_scale", "weight_scale_2")
-        )
+        parts = take_parts(layer, stem, self.form)
+        name = f"{self.prefix} ({stem}*)"
+        if self.scheme.input_scale == "static" and self.scheme.activations is not None:
+            amax = neutral.static_amax(name, parts["input_scale"])
+            install_amax(layer, _W13_AMAX if stem == "w13_" else _W2_AMAX, amax)
+        packed, block_scale, decode_scale = parts["packed"], parts["block_scale"], parts["decode_scale"]
         shards = decode_scale.shape[-1]
         widths = [packed.shape[1] // shards] * shards
-        return stored_weight(f"{self.prefix} ({stem}*)", packed, block_scale, decode_scale, widths, self.scheme.weights)
+        return stored_weight(name, packed, block_scale, decode_scale, widths, self.scheme.weights)
+
+
+class _Kind(NamedTuple):
+    """What makes vLLM's expert loader treat a part as what it is: a name and an attribute that it decides by."""
+
+    name: str
+    attributes: dict[str, str]
+
+
+_KINDS: dict[Part, _Kind] = {
+    "packed": _Kind("weight", {}),
+    "block_scale": _Kind("weight_scale", {"quant_method": "block"}),
+    "decode_scale": _Kind("weight_scale_2", {"quant_method": "tensor"}),
+    # Under its own name vLLM would write the scales of w1 and w3 to the same place.
+    "input_scale": _Kind("weight_scale_2", {"quant_method": "tensor"}),
+    "metadata": _Kind("weight_scale_2", {}),
+}
+_W13_AMAX, _W2_AMAX = "w13_input_amax", "w2_input_amax"
+
+
+def _under_name(loader: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """vLLM's expert loader told another name than the checkpoint's."""
+
+    @functools.wraps(loader)
+    def load(param: Tensor, loaded_weight: Tensor, weight_name: str, *shard: Any, **named: Any) -> Any:
+        return loader(param, loaded_weight, name, *shard, **named)
+
+    return load
 
 
 class OnlineMoEMethod(_MoEMethod):
