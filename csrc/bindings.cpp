@@ -1,7 +1,7 @@
 // The kernels as torch operators, on libtorch's stable ABI: arguments checked, outputs made, no arithmetic.
 //
-// Compiled once for each device: FOS_LIBRARY names the namespace (fouroversix_cpu, fouroversix_cuda), FOS_KEY the dispatch
-// key. What users call is torch.ops.fouroversix (kernels/ops.py), which passes recipes taken apart.
+// Compiled once for each device: FOS_LIBRARY names the namespace (fouroversix_cpu, fouroversix_cuda), FOS_KEY the
+// dispatch key. What users call is torch.ops.fouroversix (kernels/ops.py), which passes recipes taken apart.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -42,6 +42,15 @@ void check(const Tensor& tensor, const char* name, ScalarType type, const Tensor
   STD_TORCH_CHECK(tensor.scalar_type() == type, name, ": got dtype ", static_cast<int>(tensor.scalar_type()),
                   ", needed ", static_cast<int>(type));
   STD_TORCH_CHECK(tensor.device() == beside.device(), name, ": on another device than the input");
+}
+
+// Contiguous, and where vectors of 16 bytes can be read: a view may begin anywhere.
+Tensor readable(Tensor tensor) {
+  tensor = torch::stable::contiguous(tensor);
+#if defined(FOS_CUDA)
+  if (reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 != 0) tensor = torch::stable::clone(tensor);
+#endif
+  return tensor;
 }
 
 // --- running ---
@@ -239,7 +248,7 @@ const float* floats(const OptionalTensor& tensor) {
 Quantize describe(Inputs& in, bool gated, int64_t scope, int64_t metric, int64_t domain, bool adaptive,
                   double encoded_amax, int64_t layout) {
   STD_TORCH_CHECK(in.x.dim() == 2, "x: got ", in.x.dim(), " dimensions, needed [M, K]");
-  in.x = torch::stable::contiguous(in.x);
+  in.x = readable(in.x);
   Quantize q = {};
   q.x = in.x.data_ptr();
   q.dtype = dtype_of(in.x.scalar_type());
@@ -262,7 +271,8 @@ Quantize describe(Inputs& in, bool gated, int64_t scope, int64_t metric, int64_t
   if (in.amax.has_value()) {
     check(*in.amax, "amax", ScalarType::Float, in.x);
     q.amax_is_shared = q.scope == Scope::token && in.amax->dim() == 0;
-    const int64_t needed = q.scope == Scope::tensor || q.amax_is_shared ? 1 : q.scope == Scope::token ? q.rows : q.experts;
+    const int64_t several = q.scope == Scope::token ? q.rows : q.experts;
+    const int64_t needed = q.scope == Scope::tensor || q.amax_is_shared ? 1 : several;
     STD_TORCH_CHECK(in.amax->numel() == needed, "amax: got ", in.amax->numel(), " numbers, needed ", needed);
     in.amax = torch::stable::contiguous(*in.amax);
     q.amax = floats(in.amax);
@@ -327,7 +337,7 @@ Tensor dequantize(Tensor packed, Tensor block_scale, OptionalTensor decode_scale
                   ", needed a positive multiple of ", kBlock);
   STD_TORCH_CHECK(block_scale.numel() == d.rows * d.columns / kBlock, "block_scale: got ", block_scale.numel(),
                   " scales, needed ", d.rows * d.columns / kBlock);
-  packed = torch::stable::contiguous(packed);
+  packed = readable(packed);
   block_scale = torch::stable::contiguous(block_scale);
   if (decode_scale.has_value()) {
     check(*decode_scale, "decode_scale", ScalarType::Float, packed);

@@ -1,8 +1,8 @@
 // The quantizer for CPUs: 16 blocks at a time, a lane each, so that nvfp4.cuh's loops vectorise.
 //
-// Compiled once for each instruction set, FOS_ISA naming the namespace; cpu.h says which there are and bindings.cpp takes
-// the best one the processor has. Nothing here may be shared between those builds (no inline library function of C++),
-// or the linker could keep the copy with instructions that a smaller processor lacks.
+// Compiled once for each instruction set, FOS_ISA naming the namespace; cpu.h says which there are and takes the best
+// one the processor has. Nothing here may be shared between those builds (no inline library function of C++), or the
+// linker could keep the copy with instructions that a smaller processor lacks.
 #include "cpu.h"
 
 namespace fos::FOS_ISA {
@@ -133,7 +133,8 @@ void blocks(const Quantize& q, const float* amax, int64_t stride, int64_t begin,
       for (int j = 0; j < kBlock / 2; ++j) {
         for (int w = 0; w < kLanes; ++w) {
           const uint32_t even = (e2m1_code(r[2 * j][w]) & keep[w]) | (bits<uint32_t>(x[2 * j][w]) & sign[w]) >> 28;
-          const uint32_t odd = (e2m1_code(r[2 * j + 1][w]) & keep[w]) | (bits<uint32_t>(x[2 * j + 1][w]) & sign[w]) >> 28;
+          const uint32_t odd =
+              (e2m1_code(r[2 * j + 1][w]) & keep[w]) | (bits<uint32_t>(x[2 * j + 1][w]) & sign[w]) >> 28;
           bytes[j][w] = even | odd << 4;
         }
       }

@@ -1,4 +1,4 @@
-// The CPU kernels, one namespace for each instruction set that cpu.cpp was compiled for (FOS_ISAS, from kernels/build.py).
+// The CPU kernels, one namespace for each instruction set that kernels/build.py compiles cpu.cpp for.
 #pragma once
 
 #if defined(__x86_64__)

@@ -4,10 +4,10 @@
 // nearest, in the order written. Compile with contraction off (-ffp-contract=off, -fmad=false) and without fast-math:
 // a fused or reordered operation is another byte somewhere.
 //
-// choose_scales works on W blocks at a time, an element index first and the lane last: the CPU takes W = 16 and lets the
-// compiler vectorise the loops over lanes, so that the sequential sum over a block's elements costs nothing. A GPU spreads
-// one block's elements over its threads and calls the pieces. Magnitudes are used throughout: every step is symmetric in
-// the sign of x.
+// choose_scales works on W blocks at a time, an element index first and the lane last: the CPU takes W = 16 and lets
+// the compiler vectorise the loops over lanes, so that the sequential sum over a block's elements costs nothing. A GPU
+// spreads one block's elements over its threads and calls the pieces. Magnitudes are used throughout: every step is
+// symmetric in the sign of x.
 #pragma once
 
 #include <cfloat>
@@ -170,7 +170,7 @@ FOS_FN GlobalScales global_scales(float amax, float encoded_amax) {
 // What is stored as the decode scale.
 FOS_FN float stored_decode_scale(const GlobalScales& g) { return g.finite ? g.decode : bits<float>(0x7FC00000u); }
 
-// The block scale before rounding, of a block with the largest magnitude v: candidate 6's. Candidate 4's is 1.5 times it.
+// Candidate 6's block scale before rounding, of a block with the largest magnitude v. Candidate 4's is 1.5 times it.
 template <bool adaptive>
 FOS_FN float unrounded_scale(float v, float encode) {
   return adaptive ? (v / kE2m1Max) * encode : v * (encode * (1.0f / kE2m1Max));

@@ -40,7 +40,8 @@ struct Quantize {
   uint8_t* block_scale;
   Layout layout;
   int64_t scale_rows;  // padded; with experts in tiles, each expert starts at a multiple of the tile's rows
-  const int64_t* scale_row_of;  // CPU: the row each row's scales go to (-1: nowhere), or null for its own; a GPU finds it itself
+  // CPU: the row each row's scales go to (-1: nowhere), or null for its own; a GPU finds it itself.
+  const int64_t* scale_row_of;
   void* values;
   float* decode_scale;  // [], [M] or [E]
 };

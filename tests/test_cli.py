@@ -62,7 +62,7 @@ def test_doctor_is_content_without_an_engine(engine: Any, capsys: pytest.Capture
     lines = text.splitlines()
     assert lines[0].startswith(f"fouroversix-plugin {fos.__version__}, Python 3.")
     assert "  cpu         ready" in lines
-    assert "  cuda        planned, not in this release" in lines
+    assert "  flashinfer  planned, not in this release" in lines
     assert "  vllm        not installed" in lines
 
 

@@ -64,13 +64,19 @@ class Implementation:
         return tuple(result.cpu() for result in results)
 
 
-@pytest.fixture(
-    params=[
-        pytest.param("cpu", id="cpu"),
-        pytest.param("torch", id="cpu-without-compiler"),
-        pytest.param("cuda", id="cuda", marks=[pytest.mark.gpu, no_cuda]),
-    ]
+COMPILED = (
+    pytest.param("cpu", id="cpu"),
+    pytest.param("cuda", id="cuda", marks=[pytest.mark.gpu, no_cuda]),
 )
+
+
+@pytest.fixture(params=COMPILED)
+def compiled(request: pytest.FixtureRequest) -> Implementation:
+    assert build.load(request.param) is None, "the kernels must compile where tests run"
+    return Implementation(cuda if request.param == "cuda" else cpu, request.param)
+
+
+@pytest.fixture(params=[*COMPILED, pytest.param("torch", id="cpu-without-compiler")])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Implementation:
     if request.param == "torch":
         monkeypatch.setattr(build, "load", lambda name: "no compiler, says the test")
@@ -143,18 +149,18 @@ def test_non_finite_input_is_not_what_is_pinned(kernels: Implementation, bad: fl
 
 
 @by_recipe
-def test_one_of_a_million_values_is_rounded_otherwise(kernels: Implementation, recipe: Recipe) -> None:
+def test_one_of_a_million_values_is_rounded_otherwise(compiled: Implementation, recipe: Recipe) -> None:
     for spread in (0, 12):
         x = mixed_magnitudes(977, 1024, seed=3, spread=spread)
-        check(kernels, x, recipe, "tensor")
-        check(kernels, x.bfloat16(), recipe, "token")
-        check(kernels, (x / 2**spread).half(), recipe, "token")
+        check(compiled, x, recipe, "tensor")
+        check(compiled, x.bfloat16(), recipe, "token")
+        check(compiled, (x / 2**spread).half(), recipe, "token")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("lane", range(16))
 def test_a_bit_pattern_is_rounded_otherwise_in_some_lane(
-    kernels: Implementation, lane: int, dtype: torch.dtype
+    compiled: Implementation, lane: int, dtype: torch.dtype
 ) -> None:
     pattern = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(dtype)
     pattern = pattern[pattern.isfinite()]
@@ -163,8 +169,15 @@ def test_a_bit_pattern_is_rounded_otherwise_in_some_lane(
         x *= pattern.float().unsqueeze(1)
     x = x.to(dtype)
     x[:, lane] = pattern
-    check(kernels, x, Recipe(), "token")
-    check(kernels, x, Recipe(), "tensor", torch.tensor(6.0))
+    check(compiled, x, Recipe(), "token")
+    check(compiled, x, Recipe(), "tensor", torch.tensor(6.0))
+
+
+@by_some
+def test_rows_beyond_a_chunk_are_rounded_otherwise(kernels: Implementation, recipe: Recipe) -> None:
+    x = mixed_magnitudes(977, 1024, seed=3)  # rows that are no multiple of what it works on at a time
+    check(kernels, x, recipe, "tensor")
+    check(kernels, x.bfloat16(), recipe, "token")
 
 
 @by_some
@@ -182,12 +195,12 @@ def test_block_scales_at_the_midpoints_of_e4m3_go_elsewhere(kernels: Implementat
 
 @pytest.mark.parametrize("rows", [0, 1, 7, 129])
 @pytest.mark.parametrize("columns", [16, 48, 576, 4096, 14336])
-def test_some_shape_is_special(kernels: Implementation, rows: int, columns: int) -> None:
+def test_some_shape_is_special(compiled: Implementation, rows: int, columns: int) -> None:
     x = mixed_magnitudes(rows, columns, seed=5, spread=2).bfloat16()
     for granularity in ("tensor", "token"):
-        check(kernels, x, Recipe(), granularity)
+        check(compiled, x, Recipe(), granularity)
     static = torch.tensor(3.0)
-    assert_same(kernels.quantize_values(x, Recipe(), static), reference.quantize_values(x, Recipe(), static))
+    assert_same(compiled.quantize_values(x, Recipe(), static), reference.quantize_values(x, Recipe(), static))
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "silu_and_mul"])
@@ -275,6 +288,16 @@ def test_every_byte_is_dequantized_otherwise(kernels: Implementation) -> None:
             expected = reference_operators.dequantize(packed, scale, decode, dtype)
             actual = kernels.dequantize(packed, scale, decode, dtype)
             assert_same((actual, decode), (expected, decode))
+    # A view that begins at an odd byte.
+    views = packed.flatten()[1 : 1 + 16 * 24].view(16, 24), scale.flatten()[1 : 1 + 16 * 3].view(16, 3), decode[:16]
+    expected = reference_operators.dequantize(*views, torch.bfloat16)
+    moved = [t.to(kernels.device) for t in (packed, scale, decode)]
+    views = (
+        moved[0].flatten()[1 : 1 + 16 * 24].view(16, 24),
+        moved[1].flatten()[1 : 1 + 16 * 3].view(16, 3),
+        moved[2][:16],
+    )
+    assert_same((kernels.dequantize(*views, torch.bfloat16), decode), (expected, decode))
 
 
 @pytest.mark.parametrize("case", golden_cases())
@@ -296,6 +319,7 @@ def test_bytes_of_the_public_references(
         pytest.param(lambda x: x[:, ::2], id="every-other-column"),
         pytest.param(lambda x: x[1::3], id="every-third-row"),
         pytest.param(lambda x: x[:1].expand(5, -1), id="expanded"),
+        pytest.param(lambda x: x.flatten()[5 : 5 + 16 * 112].view(16, 112), id="odd-offset"),
     ],
 )
 def test_strides_change_something(kernels: Implementation, view: Callable[[Tensor], Tensor]) -> None:
