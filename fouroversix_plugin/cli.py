@@ -99,7 +99,8 @@ def _parser() -> argparse.ArgumentParser:
         "--limit", metavar="N", type=int, default=20, help="layers to list; JSON has all (default: 20)"
     )
 
-    _command(commands, "doctor", _doctor, "what works on this machine, and why the rest does not")
+    doctor = _command(commands, "doctor", _doctor, "what works on this machine, and why the rest does not")
+    doctor.add_argument("--build", action="store_true", help="compile the kernels now, not when they are first needed")
     return parser
 
 
@@ -186,6 +187,10 @@ def _compare(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     from fouroversix_plugin.doctor import describe, examine
 
+    if options.build:
+        from fouroversix_plugin.kernels import build
+
+        build.build_all(lambda line: print(f"fouroversix: {line}", file=sys.stderr))
     report = examine()
     _print_json(report) if options.json else print(describe(report))
     return 0 if report["ok"] else 1

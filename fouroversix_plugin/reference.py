@@ -20,7 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fouroversix_plugin.nvfp4 import E2M1_VALUES, NVFP4Tensor, check_columns, pack, unpack
+from fouroversix_plugin.nvfp4 import (
+    E2M1_VALUES,
+    NVFP4Tensor,
+    ScaleLayout,
+    check_columns,
+    pack,
+    padded_scale_shape,
+    scales_to_layout,
+    unpack,
+)
 from fouroversix_plugin.recipe import BLOCK_SIZE, E2M1_MAX, E4M3_MAX, Granularity, Recipe
 
 _FLT_MAX = torch.finfo(torch.float32).max
@@ -143,10 +152,98 @@ def dequantize(q: NVFP4Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 def quantize_values(x: Tensor, recipe: Recipe, amax: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Quantize x [M, K] for a GEMM: e2m1 * block_scale in the dtype of x (exact), and token_scale [M].
 
-    Every row is scaled for its own amax, or all for the one given (fp32 [], known from calibration: a static scale).
+    ``amax`` None scales each row for its own; fp32 [] (static) or [M] is the largest magnitude to scale for instead.
     """
     q = quantize(x, recipe, "token", None if amax is None else amax.expand(x.shape[0]))
     return unscaled(q.packed, q.block_scale).to(x.dtype), q.decode_scale
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    """silu(gate) * up in fp32, rounded to the dtype of x = [gate, up] [M, 2K]: [M, K].
+
+    e^-gate is spelled out: every library's differs in the last place, and so would bytes that follow from it.
+    """
+    gate, up = x.float().chunk(2, dim=-1)
+    exponential = torch.where(-gate > 89.0, torch.inf, _exp((-gate).clamp(-104.0, 89.0)))
+    return ((gate / (exponential + 1.0)) * up).to(x.dtype)
+
+
+def _exp(x: Tensor) -> Tensor:
+    """e^x for -104 <= x <= 89 within 2 units in the last place: 2^n * e^r, |r| <= ln(2) / 2, by the Taylor series."""
+    n = (x * float.fromhex("0x1.715476p+0") + 12582912.0) - 12582912.0  # 1.5 * 2^23: to the nearest integer
+    # ln(2) in two parts, the first of so few digits that n times it is exact.
+    r = (x - n * float.fromhex("0x1.62ep-1")) - n * float.fromhex("0x1.0bfbe8p-15")
+    p = torch.full_like(r, float.fromhex("0x1.a01a02p-13"))
+    for coefficient in (
+        "0x1.6c16c2p-10",
+        "0x1.111112p-7",
+        "0x1.555556p-5",
+        "0x1.555556p-3",
+        "0x1p-1",
+        "0x1p0",
+        "0x1p0",
+    ):
+        p = p * r + float.fromhex(coefficient)
+    exponent = n.nan_to_num(0.0).int()
+    half = exponent >> 1
+    return (p * _power_of_two(half)) * _power_of_two(exponent - half)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    return ((exponent + 127) << 23).view(torch.float32)
+
+
+def expert_amax(x: Tensor, expert_offsets: Tensor, recipe: Recipe, amax: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What rows sorted by expert are scaled for, one decode scale an expert. Nothing is read on the host.
+
+    Args:
+        x: [M, K].
+        expert_offsets: int32 [E + 1], ascending within 0..M: rows offsets[e] .. offsets[e + 1] - 1 belong to expert e.
+        amax: fp32 [E], or None for the largest magnitude of each expert's rows.
+
+    Returns:
+        (the amax of each row's expert [M], decode scales [E]). That of a row without an expert is NaN, so that
+        :func:`quantize` by "token" gives it codes and block scales of 0.
+    """
+    E = expert_offsets.shape[0] - 1
+    expert = _expert_of_row(x.shape[0], expert_offsets)
+    if amax is None:
+        # As integers, in whose order NaN comes above infinity.
+        largest = torch.zeros(E + 1, dtype=torch.int32, device=x.device)
+        amax = largest.scatter_reduce(0, expert, row_amax(x).view(torch.int32), "amax")[:E].view(torch.float32)
+    finite = amax.isfinite()
+    decode = global_scales(torch.where(finite, amax, 0.0), recipe)[1]
+    return torch.cat((amax, _constant(torch.nan, x).view(1)))[expert], torch.where(finite, decode, torch.nan)
+
+
+def expert_scales_to_layout(block_scale: Tensor, expert_offsets: Tensor, layout: ScaleLayout) -> Tensor:
+    """Row-major block scales [M, C] of rows sorted by expert, each expert in tiles of its own.
+
+    Returns:
+        ``row_major`` [M, C] as it is, else flat: expert e begins at the tiles that the experts before it fill, and the
+        whole has room for any split of M rows over the E experts: M + E * (tile rows - 1) rows, rounded down to tiles.
+        Padding is 0; rows of no expert are left out.
+    """
+    rows, columns = block_scale.shape
+    tile = padded_scale_shape(layout, 1, 1)[0]
+    if tile == 1:
+        return block_scale
+    E = expert_offsets.shape[0] - 1
+    expert = _expert_of_row(rows, expert_offsets)
+    tiles = (expert_offsets.diff() + (tile - 1)) // tile
+    start = torch.cat((tiles.cumsum(0) - tiles, tiles.new_zeros(1)))[expert] * tile
+    total = (rows + E * (tile - 1)) // tile * tile
+    own = torch.arange(rows, device=block_scale.device) - expert_offsets[expert.clamp(max=max(E - 1, 0))]
+    spread = torch.zeros(total + 1, columns, dtype=torch.uint8, device=block_scale.device)
+    spread[torch.where(expert < E, start + own, total)] = block_scale.view(torch.uint8)
+    return scales_to_layout(spread[:total], layout).view(block_scale.dtype)
+
+
+def _expert_of_row(rows: int, expert_offsets: Tensor) -> Tensor:
+    """int64 [rows]: the expert of each row, E where it has none."""
+    row = torch.arange(rows, dtype=torch.int32, device=expert_offsets.device)
+    expert = torch.bucketize(row, expert_offsets[1:].contiguous(), right=True)
+    return torch.where(row < expert_offsets[0], expert_offsets.shape[0] - 1, expert)
 
 
 def scaled_matmul(x: Tensor, weight: Tensor, token_scale: Tensor | None, decode_scale: Tensor) -> Tensor:

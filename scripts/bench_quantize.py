@@ -1,25 +1,42 @@
-"""Time the quantizer: all linear weights of SmolLM2-135M per tensor, and activations per token.
+"""Time the quantizer.
 
-python scripts/bench_quantize.py [--json FILE]     on the CPU, all cores, median of 5 runs after a warm-up
+python scripts/bench_quantize.py [--device cpu|cuda] [--json FILE] [--compiled-reference]
+
+On a CPU: all linear weights of SmolLM2-135M per tensor, and activations per token; median of 5 runs after a warm-up.
+
+On a GPU: large tensors, and few rows as while decoding. Calls are replayed from CUDA graphs over inputs that together
+exceed the L2 several times, so that it is cold; median of the replays. A decoder's activations come from the kernel
+before, and a graph of few inputs shows that too ("input in L2"). "of copy" is the time a copy of as many bytes
+(read and written) takes in the same run, over the call's: 1 is the memory's speed. ``--compiled-reference`` times
+torch.compile of the specification beside it.
 """
 
+from __future__ import annotations
+
 import argparse
+import itertools
 import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import demo_model
 import torch
-from error_table import linear_weights
+from torch import Tensor
 
 import fouroversix_plugin as fos
-from fouroversix_plugin.recipe import preset_names
+from fouroversix_plugin import reference
+from fouroversix_plugin.kernels import build
+from fouroversix_plugin.recipe import Recipe, preset_names
 
 RUNS = 5
+REPLAYS = 15
+COLD_BYTES = 400 << 20
+"""Distinct input a graph goes through: several times the largest L2."""
+
+Row = dict[str, Any]
 
 
 def median_seconds(call: Callable[[], object]) -> float:
@@ -29,10 +46,13 @@ def median_seconds(call: Callable[[], object]) -> float:
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
-def rows() -> list[dict[str, Any]]:
+def cpu_rows() -> list[Row]:
+    import demo_model
+    from error_table import linear_weights
+
     weights = list(linear_weights(demo_model.dense(demo_model.DEFAULT_CACHE)))
     values = sum(weight.numel() for weight in weights)
     found = []
@@ -48,16 +68,141 @@ def rows() -> list[dict[str, Any]]:
     return found
 
 
+def graph_seconds(call: Callable[[Tensor], object], inputs: Sequence[Tensor]) -> float:
+    """Seconds of one call: a graph holds one for each input."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call(inputs[0])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for x in inputs:
+            call(x)
+    graph.replay()
+    times = []
+    for _ in range(REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e3 / len(inputs))
+    return float(statistics.median(times))
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written a second by a large copy. Not from a graph, where another engine makes it, and slower."""
+    source = torch.empty(2 << 30, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    target.copy_(source)
+    times = []
+    for _ in range(REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        target.copy_(source)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return float(2 * target.nbytes / statistics.median(times))
+
+
+def cuda_calls() -> list[tuple[str, int, Callable[[Tensor], object]]]:
+    """(what, inputs' columns over what is quantized, call) of every operator."""
+    ops, default = torch.ops.fouroversix, Recipe().key
+    plain = Recipe("mse", 448, adaptive=False).key
+    return [
+        ("per token", 1, lambda x: ops.quantize(x, None, "token", default)),
+        ("per token, plain NVFP4", 1, lambda x: ops.quantize(x, None, "token", plain)),
+        ("per token, mae 448", 1, lambda x: ops.quantize(x, None, "token", Recipe("mae", 448).key)),
+        ("per token, abs_max", 1, lambda x: ops.quantize(x, None, "token", Recipe("abs_max").key)),
+        ("per token, 128x4 scales", 1, lambda x: ops.quantize_to_layout(x, None, "token", default, "128x4")),
+        ("per tensor", 1, lambda x: ops.quantize(x, None, "tensor", default)),
+        ("per tensor, plain NVFP4", 1, lambda x: ops.quantize(x, None, "tensor", plain)),
+        ("exact bf16, per token", 1, lambda x: ops.quantize_values(x, None, default)),
+        ("exact bf16, per token, plain NVFP4", 1, lambda x: ops.quantize_values(x, None, plain)),
+        ("silu_and_mul, per token", 2, lambda x: ops.silu_and_mul_quantize(x, None, "token", default, "row_major")),
+        ("silu_and_mul, exact bf16, per token", 2, lambda x: ops.silu_and_mul_quantize_values(x, None, default)),
+    ]
+
+
+def cuda_rows(compiled_reference: bool) -> list[Row]:
+    bandwidth = copy_bandwidth()
+    copy = f"copy, {bandwidth / 1e12:.2f} TB/s"
+    found: list[Row] = [{"what": copy, "values": 2 << 30, "seconds": (4 << 30) / bandwidth}]
+
+    def add(
+        what: str,
+        shape: tuple[int, int],
+        factor: int,
+        call: Callable[[Tensor], object],
+        dtype: torch.dtype,
+        most_inputs: int = 200,
+    ) -> None:
+        rows, columns = shape
+        bytes_in = rows * columns * factor * dtype.itemsize
+        count = min(max(2, -(-COLD_BYTES // bytes_in)), most_inputs)
+        inputs = [torch.randn(rows, columns * factor, device="cuda", dtype=dtype) for _ in range(count)]
+        moved = bytes_in + sum(t.nbytes for t in results(call(inputs[0])))
+        seconds = graph_seconds(call, inputs)
+        found.append(
+            {
+                "what": f"{rows} x {columns} {str(dtype)[6:]}, {what}",
+                "values": rows * columns,
+                "seconds": seconds,
+                "of_copy": moved / bandwidth / seconds,
+            }
+        )
+
+    for shape in ((8192, 8192), (16384, 4096)):
+        for what, factor, call in cuda_calls():
+            add(what, shape, factor, call, torch.bfloat16)
+    for dtype in (torch.float16, torch.float32):
+        add("per token", (8192, 8192), 1, cuda_calls()[0][2], dtype)
+    offsets = torch.arange(0, 16385, 128, device="cuda", dtype=torch.int32)
+    key = Recipe().key
+    add(
+        "128 experts",
+        (16384, 4096),
+        1,
+        lambda x: torch.ops.fouroversix.quantize_experts(x, offsets, None, key, "row_major"),
+        torch.bfloat16,
+    )
+    for rows, columns in itertools.product((1, 8, 64), (4096, 8192, 14336)):
+        for what, call in (
+            ("per token", lambda x: torch.ops.fouroversix.quantize(x, None, "token", key)),
+            ("exact bf16, per token", lambda x: torch.ops.fouroversix.quantize_values(x, None, key)),
+        ):
+            add(f"{what}, cold", (rows, columns), 1, call, torch.bfloat16)
+            add(f"{what}, input in L2", (rows, columns), 1, call, torch.bfloat16, 8)
+    if compiled_reference:
+        compiled = torch.compile(lambda x: results(reference.quantize(x, Recipe(), "token")), dynamic=False)
+        add("per token, torch.compile of the reference", (8192, 8192), 1, compiled, torch.bfloat16)
+    return found
+
+
+def results(out: object) -> tuple[Tensor, ...]:
+    if isinstance(out, fos.NVFP4Tensor):
+        return out.packed, out.block_scale.view(torch.uint8), out.decode_scale
+    assert isinstance(out, tuple)
+    return out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--compiled-reference", action="store_true", help="time torch.compile of the specification too")
     options = parser.parse_args()
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    found = rows()
-    print(f"{machine}\n\n| what | million values | seconds | million values/s |\n|---|---|---|---|")
+    reason = build.load(options.device)
+    kernels = "compiled kernels" if reason is None else f"no compiled kernels ({reason})"
+    where = platform.machine() if options.device == "cpu" else torch.cuda.get_device_name()
+    machine = f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, {kernels}"
+    found = cpu_rows() if options.device == "cpu" else cuda_rows(options.compiled_reference)
+    print(f"{machine}\n\n| what | million values | µs | million values/s | of copy |\n|---|---|---|---|---|")
     for row in found:
-        millions = row["values"] / 1e6
-        print(f"| {row['what']} | {millions:.3f} | {row['seconds']:.6f} | {millions / row['seconds']:.0f} |")
+        millions, of_copy = row["values"] / 1e6, f"{row['of_copy']:.2f}" if "of_copy" in row else ""
+        speed = f"{millions / row['seconds']:.0f}"
+        print(f"| {row['what']} | {millions:.3f} | {row['seconds'] * 1e6:.1f} | {speed} | {of_copy} |")
     if options.json:
         options.json.write_text(json.dumps({"machine": machine, "rows": found}, indent=2) + "\n")
 

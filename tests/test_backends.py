@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fouroversix_plugin as fos
 from fouroversix_plugin import kernels, reference
-from fouroversix_plugin.kernels import cpu, ops
+from fouroversix_plugin.kernels import build, cpu, ops
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
 from fouroversix_plugin.recipe import Recipe
 from fouroversix_plugin.weights import quantize_weight
@@ -225,22 +225,46 @@ def test_a_static_amax_scales_every_row_alike(recipe: Recipe, amax: float) -> No
             assert_same_tensor("token_scale", token_scale, q.decode_scale.expand(9))
 
 
+def random_bytes(*rows: int, per_row: bool = False) -> NVFP4Tensor:
+    """Every code and every block scale, NaN included, for weights of 128 columns."""
+    generator = torch.Generator().manual_seed(9)
+    return NVFP4Tensor(
+        torch.randint(256, (*rows, 64), generator=generator, dtype=torch.uint8),
+        torch.randint(256, (*rows, 8), generator=generator, dtype=torch.uint8).view(torch.float8_e4m3fn),
+        torch.rand(rows if per_row else rows[:-1], generator=generator),
+    )
+
+
 @pytest.mark.parametrize("lead", [(), (3,)], ids=["matrix", "experts"])
 @pytest.mark.parametrize("per_row", [False, True])
 def test_cpu_dequantizes_every_byte_as_the_reference_does(lead: tuple[int, ...], per_row: bool) -> None:
-    rows = 270  # more than one of the pieces the CPU works in
-    generator = torch.Generator().manual_seed(9)
-    q = NVFP4Tensor(
-        torch.randint(256, (*lead, rows, 64), generator=generator, dtype=torch.uint8),
-        torch.randint(256, (*lead, rows, 8), generator=generator, dtype=torch.uint8).view(torch.float8_e4m3fn),
-        torch.rand((*lead, rows) if per_row else lead, generator=generator),
-    )
+    q = random_bytes(*lead, 270, per_row=per_row)  # more rows than one of the pieces the CPU works in
     for dtype in DTYPES:
         expected = reference.dequantize(q, dtype)
         # A NaN scale makes NaN values; which of the NaNs is no promise.
         actual = fos.dequantize(q, dtype, backend="cpu")
         assert_same_tensor("NaN", actual.isnan(), expected.isnan())
         assert_same_tensor("values", actual.nan_to_num(nan=9.0), expected.nan_to_num(nan=9.0))
+
+
+@pytest.mark.parametrize("lead", [(), (3,)], ids=["matrix", "experts"])
+@pytest.mark.parametrize("rows", [16, 270])
+def test_a_prepared_weight_cannot_be_taken_back(lead: tuple[int, ...], rows: int) -> None:
+    q = random_bytes(*lead, rows)
+    prepared = ops.prepare_weight(q, torch.bfloat16)
+    assert prepared.block_scale is not None
+    assert prepared.weight.shape == (*lead, -(-rows // 16), 8, 8, 16)
+    back = ops.unprepare_weight(prepared)
+    assert_same_bytes(back, NVFP4Tensor(q.packed, q.block_scale, q.row_decode_scale.contiguous()))
+    assert_same_bytes(ops.unprepare_weight(ops.as_stored(q)), back)
+
+
+@pytest.mark.parametrize("lead", [(), (3,)], ids=["matrix", "experts"])
+def test_a_weight_held_without_a_compiler_has_other_values(
+    lead: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "load", lambda name: "no compiler, says the test")
+    q = random_bytes(*lead, 270)
     held = {torch.bfloat16: torch.bfloat16, torch.float16: torch.float32, torch.float32: torch.float32}
     for dtype, held_dtype in held.items():
         prepared = ops.prepare_weight(q, dtype)
@@ -248,6 +272,8 @@ def test_cpu_dequantizes_every_byte_as_the_reference_does(lead: tuple[int, ...],
         expected = reference.unscaled(q.packed, q.block_scale).to(held_dtype).nan_to_num(nan=9.0)
         assert_same_tensor("expanded", prepared.weight.nan_to_num(nan=9.0), expected)
         assert_same_tensor("decode_scale", prepared.decode_scale, q.row_decode_scale.contiguous())
+        with pytest.raises(ValueError, match=r"without block scales, needed packed codes"):
+            ops.unprepare_weight(prepared)
 
 
 # --- linear and moe: the reference's numbers ---
@@ -460,8 +486,9 @@ def test_public_backends_and_their_reasons() -> None:
     ("backend", "reason"),
     [
         ("cpu", "tensors are on meta, not on the CPU"),
-        ("cuda", "planned, not in this release"),
-        ("marlin", "no such backend; there are cpu, reference"),
+        ("cuda", "tensors are on meta, not on a CUDA device"),
+        ("flashinfer", "planned, not in this release"),
+        ("marlin", "no such backend; there are cpu, cuda, reference"),
         ("", "no such backend"),
     ],
 )
@@ -469,7 +496,7 @@ def test_a_named_backend_that_cannot_is_an_error_with_its_reason(backend: str, r
     needed = rf"backend '{backend}' cannot do linear W4A4 \(32, 64\) on meta: {reason}"
     with pytest.raises(ValueError, match=needed):
         kernels.select("linear", "W4A4", torch.Size((32, 64)), torch.device("meta"), backend)
-    if backend != "cpu":
+    if backend not in ("cpu", "cuda"):
         with pytest.raises(ValueError, match=rf"backend '{backend}' cannot do quantize \(1, 16\) on cpu: {reason}"):
             fos.quantize(torch.ones(1, 16), backend=backend)
 
@@ -480,7 +507,7 @@ def test_the_named_backend_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     x, w = torch.ones(2, 32), weight(16, 32)
     with monkeypatch.context() as patch:
-        patch.setattr(cpu, "_round_blocks", refuse)
+        patch.setattr(cpu, "quantize", refuse)
         patch.setattr(cpu, "unscaled", refuse)
         fos.linear(x, fos.quantize(x, backend="reference"), Recipe(), backend="reference")
         with pytest.raises(AssertionError, match="the other backend ran"):
@@ -502,7 +529,7 @@ def test_each_choice_is_logged_once_with_the_reasons_of_those_passed_over(log: p
     assert log.messages == [
         "fouroversix: quantize on cpu by the cpu backend",
         "fouroversix: linear W4A4 on meta by the reference backend "
-        "(passed over: cpu: tensors are on meta, not on the CPU)",
+        "(passed over: cpu: tensors are on meta, not on the CPU; cuda: tensors are on meta, not on a CUDA device)",
     ]
 
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import fouroversix_plugin as fos
 from fouroversix_plugin import cli
+from fouroversix_plugin.kernels import build
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def test_doctor_is_content_without_an_engine(engine: Any, capsys: pytest.Capture
     lines = text.splitlines()
     assert lines[0].startswith(f"fouroversix-plugin {fos.__version__}, Python 3.")
     assert "  cpu         ready" in lines
-    assert "  cuda        planned, not in this release" in lines
+    assert "  flashinfer  planned, not in this release" in lines
     assert "  vllm        not installed" in lines
 
 
@@ -120,6 +121,18 @@ def test_a_plugin_that_loads_is_fine(
     assert (code, called) == (0, ["register"])
     assert "  vllm        9.9.0: --quantization nvfp4_4over6 is registered" in text
     assert ("outside the checked range" in text) is (warning is not None)
+
+
+def test_doctor_builds_ahead_when_asked(
+    engine: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine(installed=False)
+    monkeypatch.setattr(build, "build_all", lambda progress: progress("cpu: compiled into the cache"))
+    assert cli.main(["doctor", "--build"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "fouroversix: cpu: compiled into the cache\n"
+    assert captured.out.startswith("fouroversix-plugin")
+    assert doctor(capsys)[0] == 0, "without being asked it builds nothing, and says nothing on stderr"
 
 
 def test_doctor_leaves_the_log_alone(engine: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fouroversix_plugin import reference
-from fouroversix_plugin.kernels import ops
+from fouroversix_plugin.kernels import build, ops
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
 from fouroversix_plugin.recipe import Recipe
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 Op = Literal["quantize", "dequantize", "linear", "moe"]
 
-_PLANNED = ("cuda", "triton", "flashinfer")
+_PLANNED = ("triton", "flashinfer")
 """Backends of the public API that this release does not have."""
 
 
@@ -48,16 +48,28 @@ def _reference_unsupported(op: Op, scheme: str, shape: Sequence[int], device: to
     return None
 
 
-def _cpu_linear(x: Tensor, w: NVFP4Tensor, activations: Recipe | None, bias: Tensor | None) -> Tensor:
+def _cuda_unsupported(op: Op, scheme: str, shape: Sequence[int], device: torch.device) -> str | None:
+    return _cuda_reason() if device.type == "cuda" else f"tensors are on {device.type}, not on a CUDA device"
+
+
+@torch.compiler.assume_constant_result
+def _cuda_reason() -> str | None:
+    """Why there are no CUDA kernels. This compiles them, if nobody has: the call that follows needs them."""
+    return build.load("cuda")
+
+
+def _linear(x: Tensor, w: NVFP4Tensor, activations: Recipe | None, bias: Tensor | None) -> Tensor:
     return ops.linear(x, ops.as_stored(w), activations, bias)
 
 
-def _cpu_moe(x: Tensor, w13: NVFP4Tensor, w2: NVFP4Tensor, *rest: object) -> Tensor:
+def _moe(x: Tensor, w13: NVFP4Tensor, w2: NVFP4Tensor, *rest: object) -> Tensor:
     return ops.moe(x, ops.as_stored(w13), ops.as_stored(w2), *rest)  # type: ignore[arg-type]
 
 
 _BACKENDS = (
-    Backend("cpu", _cpu_unsupported, ops.quantize, ops.dequantize, _cpu_linear, _cpu_moe),
+    Backend("cpu", _cpu_unsupported, ops.quantize, ops.dequantize, _linear, _moe),
+    # Its products are torch's, of activations that the kernels have quantized.
+    Backend("cuda", _cuda_unsupported, ops.quantize, ops.dequantize, _linear, _moe),
     Backend(
         "reference",
         _reference_unsupported,
@@ -106,5 +118,5 @@ def _not_built(backend: str) -> str:
 
 def backends() -> dict[str, str | None]:
     """Every backend of the public API with None if it can be used on this machine, else the reason why not."""
-    available: dict[str, str | None] = {backend.name: None for backend in reversed(_BACKENDS)}
+    available: dict[str, str | None] = {"reference": None, "cpu": None, "cuda": build.reason("cuda")}
     return available | {name: _not_built(name) for name in _PLANNED}

@@ -1,198 +1,126 @@
-"""The CPU backend: the reference's bytes from whole-array torch operations, a cache-sized chunk at a time.
+"""The CPU backend: compiled kernels where there is a compiler, else torch operations that quantize to the same bytes.
 
-Blocks lie in columns ([16, B]) so that what a block shares is a contiguous row, and both candidates go through the same
-calls ([16, 2, B]). Magnitudes are used throughout: every step is symmetric in the sign of x.
-
-Weights are held expanded (:func:`unscaled`): until there is a packed CPU GEMM, unpacking at every call would cost more
-than the call.
+Compiled products read packed weights (:func:`to_strips`). Torch alone would spend more on unpacking than on
+multiplying, so without a compiler weights are held expanded (:func:`unscaled`).
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fouroversix_plugin import reference
-from fouroversix_plugin.nvfp4 import NVFP4Tensor
-from fouroversix_plugin.recipe import BLOCK_SIZE, E2M1_MAX, E4M3_MAX, Granularity, Recipe
-
-_CHUNK_BLOCKS = 8192
-"""Blocks at a time: the [16, 2, B] fp32 temporaries of a chunk (1 MiB each, shared by the cores) stay near L2."""
-
-_FLT_MAX = torch.finfo(torch.float32).max
-# With their dtype: this may be imported while an engine builds a model under a bf16 default.
-_SIX = torch.tensor(E2M1_MAX, dtype=torch.float32)
-_ONE = torch.tensor(1.0, dtype=torch.float32)
+from fouroversix_plugin.kernels import build, compose, cpu_torch, native
+from fouroversix_plugin.nvfp4 import ScaleLayout
+from fouroversix_plugin.recipe import BLOCK_SIZE, Granularity, Recipe
 
 
-def quantize(x: Tensor, recipe: Recipe, granularity: Granularity = "tensor", amax: Tensor | None = None) -> NVFP4Tensor:
-    """:func:`fouroversix_plugin.reference.quantize`, byte for byte."""
-    rows, columns = x.shape
-    packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
-    block_scale = torch.empty(rows, columns // BLOCK_SIZE, dtype=torch.float8_e4m3fn)
-    scales = _GlobalScales(x, recipe, granularity, amax)
-    for chunk in _chunks(rows, columns):
-        blocks, rounded, sf = _round_blocks(x[chunk], recipe, scales.of_blocks(chunk, columns))
-        packed[chunk] = _pack(blocks, rounded).view(-1, columns // 2)
-        block_scale[chunk] = sf.to(torch.float8_e4m3fn).view(-1, columns // BLOCK_SIZE)
-    return NVFP4Tensor(packed, block_scale, scales.decode_scale)
+def quantize(
+    x: Tensor,
+    recipe: Recipe,
+    granularity: Granularity = "tensor",
+    amax: Tensor | None = None,
+    layout: ScaleLayout = "row_major",
+    gated: bool = False,
+    expert_offsets: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`fouroversix_plugin.kernels.native.quantize`."""
+    if build.load("cpu") is None:
+        return native.quantize(x, recipe, granularity, amax, layout, gated, expert_offsets)
+    return compose.quantize(cpu_torch.quantize, x, recipe, granularity, amax, layout, gated, expert_offsets)
 
 
-def quantize_values(x: Tensor, recipe: Recipe, amax: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """:func:`fouroversix_plugin.reference.quantize_values`, without the detour through packed codes."""
-    values = torch.empty_like(x, memory_format=torch.contiguous_format)
-    scales = _GlobalScales(x, recipe, "token", None if amax is None else amax.expand(x.shape[0]))
-    for chunk in _chunks(*x.shape):
-        blocks, rounded, sf = _round_blocks(x[chunk], recipe, scales.of_blocks(chunk, x.shape[1]))
-        values[chunk] = rounded.mul_(sf).copysign_(blocks).t().reshape(-1, x.shape[1])
-    return values, scales.decode_scale
-
-
-class _GlobalScales:
-    """The fp32 scales of a tensor or of its rows, with the pinned result for an amax that is not finite."""
-
-    def __init__(self, x: Tensor, recipe: Recipe, granularity: Granularity, amax: Tensor | None) -> None:
-        if amax is None:
-            amax = reference.row_amax(x) if granularity == "token" else reference.row_amax(x.reshape(1, -1))[0]
-        self._finite = amax.isfinite()
-        self._amax = torch.where(self._finite, amax, 0.0)
-        self._encode, self._decode = reference.global_scales(self._amax, recipe)
-        self.decode_scale = torch.where(self._finite, self._decode, torch.nan)
-
-    def of_blocks(self, chunk: slice, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(amax, encode scale, decode scale, amax was finite), each [] or one per block of the chunk's rows."""
-        scales = (self._amax, self._encode, self._decode, self._finite)
-        if self._amax.ndim == 0:
-            return scales
-        amax, encode, decode, finite = (s[chunk].repeat_interleave(columns // BLOCK_SIZE) for s in scales)
-        return amax, encode, decode, finite
-
-
-def _chunks(rows: int, columns: int) -> Iterator[slice]:
-    step = max(1, _CHUNK_BLOCKS * BLOCK_SIZE // columns)
-    return (slice(start, start + step) for start in range(0, rows, step))
-
-
-def _round_blocks(x: Tensor, recipe: Recipe, scales: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """The winning candidate of every block.
-
-    Returns:
-        (x as [16, B] in fp32, the rounded magnitudes [16, B] as e2m1 values, the fp32 block scales [B]).
-    """
-    amax, encode, decode, finite = scales
-    blocks = x.reshape(-1, BLOCK_SIZE).t().float().contiguous()
-    magnitude = blocks.abs()
-    largest = magnitude.amax(dim=0)
-    if recipe.adaptive:
-        b = (largest / _SIX) * encode
-        b = torch.stack((b, b * 1.5))
-    else:
-        b = (largest * (encode * (_ONE / _SIX))).unsqueeze(0)
-    sf = b.clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
-    inverse = (_ONE / (sf * decode)).clamp_(max=_FLT_MAX).masked_fill_(sf == 0, _FLT_MAX)
-    candidates = _round_to_e2m1_(magnitude.unsqueeze(1) * inverse)
-    if recipe.adaptive:
-        error = _errors(candidates, sf, magnitude, amax, encode, decode, recipe)
-        four = error[1] < error[0]
-        rounded = torch.where(four, candidates[:, 1], candidates[:, 0])
-        sf = torch.where(four, sf[1], sf[0])
-    else:
-        rounded, sf = candidates[:, 0], sf[0]
-
-    blocks.masked_fill_(largest == 0, 0.0)  # -0.0 in a zero block: its codes are all 0
-    broken = ~largest.isfinite()
-    if bool(broken.any()):
-        blocks.masked_fill_(broken, 0.0)
-        rounded = rounded.masked_fill(broken, 0.0)
-        sf = sf.masked_fill(broken, torch.nan)
-    if not bool(finite.all()):
-        blocks.masked_fill_(~finite, 0.0)
-        rounded = rounded.masked_fill(~finite, 0.0)
-        sf = sf.masked_fill(~finite, 0.0)
-    return blocks, rounded, sf
-
-
-def _round_to_e2m1_(magnitude: Tensor) -> Tensor:
-    """Round to the e2m1 grid in place, ties to the even code, saturating at 6.
-
-    Adding 2^22 · 2^e to a magnitude in [2^e, 2^(e+1)) leaves one mantissa bit of it: the hardware's own rounding.
-    Below 2 the grid is that of [1, 2).
-    """
-    magnitude.clamp_(max=E2M1_MAX)
-    magic = magnitude.clamp(min=1.0).view(torch.int32).bitwise_and_(0x7F800000).add_(22 << 23).view(torch.float32)
-    return magnitude.add_(magic).sub_(magic)
-
-
-def _errors(
-    q: Tensor, sf: Tensor, magnitude: Tensor, amax: Tensor, encode: Tensor, decode: Tensor, recipe: Recipe
-) -> Tensor:
-    """Errors [2, B] of both candidates [16, 2, B], summed from column 0 to 15 in this order."""
-    d = q * sf
-    if recipe.error == "amax":
-        d.mul_(amax).div_(torch.tensor(recipe.encoded_amax, dtype=torch.float32)).sub_(magnitude.unsqueeze(1))
-    elif recipe.error == "decode_scale":
-        d.mul_(decode).sub_(magnitude.unsqueeze(1))
-    else:
-        d.sub_((magnitude * encode).unsqueeze(1))
-    t = d.square_() if recipe.metric == "mse" else d.abs_()
-    if recipe.metric == "abs_max":
-        return t.amax(dim=0)
-    total = t[0]
-    for i in range(1, BLOCK_SIZE):
-        total.add_(t[i])
-    return total
-
-
-def _pack(blocks: Tensor, rounded: Tensor) -> Tensor:
-    """Bytes [B, 8] of the e2m1 magnitudes [16, B] with the signs of ``blocks``."""
-    doubled = (rounded * 2).to(torch.uint8)  # 0 1 2 3 4 6 8 12
-    code = (doubled - ((doubled.clamp(min=4) - 4) >> 1)).clamp_(max=7)
-    code |= blocks.signbit().to(torch.uint8) << 3
-    return (code[0::2] | (code[1::2] << 4)).t().contiguous()
-
-
-def unscaled(packed: Tensor, block_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """e2m1 * block_scale [..., K] in ``dtype``: exact in bf16 and fp32."""
-    out = torch.empty(*packed.shape[:-1], packed.shape[-1] * 2, dtype=dtype)
-    pairs = reference.e2m1_values(torch.arange(256).unsqueeze(1) >> torch.tensor([0, 4]) & 15)  # [256, 2]
-    for target, codes, scale in zip(_rows(out), _rows(packed), _rows(block_scale), strict=True):
-        values = F.embedding(codes.int(), pairs).view(*scale.shape, BLOCK_SIZE)
-        target.view_as(values).copy_(values.mul_(scale.float().unsqueeze(-1)))
-    return out
-
-
-def _rows(tensor: Tensor) -> tuple[Tensor, ...]:
-    """A tensor [..., M, C] as matrices of a few hundred rows."""
-    return torch.split(tensor.reshape(-1, tensor.shape[-1]), 256)
+def quantize_values(
+    x: Tensor, recipe: Recipe, amax: Tensor | None = None, gated: bool = False
+) -> tuple[Tensor, Tensor]:
+    """:func:`fouroversix_plugin.kernels.native.quantize_values`."""
+    if build.load("cpu") is None:
+        return native.quantize_values(x, recipe, amax, gated)
+    return cpu_torch.quantize_values(reference.silu_and_mul(x) if gated else x, recipe, amax)
 
 
 def dequantize(packed: Tensor, block_scale: Tensor, decode_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """:func:`fouroversix_plugin.reference.dequantize` with a decode scale per row."""
-    return unscaled(packed, block_scale, torch.float32).mul_(decode_scale.unsqueeze(-1)).to(dtype)
+    """:func:`fouroversix_plugin.reference.dequantize` with a decode scale per row; block scales as bytes."""
+    if build.load("cpu") is None:
+        return native.dequantize(packed, block_scale, decode_scale, dtype)
+    return cpu_torch.dequantize(packed, block_scale.view(torch.float8_e4m3fn), decode_scale, dtype)
 
 
-def held_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What expanded weights are held in for a model of ``dtype``: fp16 sums of products up to 2688² would overflow."""
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+def unscaled(packed: Tensor, block_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """e2m1 * block_scale [..., K] in ``dtype`` (exact) from block scales as bytes."""
+    if build.load("cpu") is None:
+        return native.dequantize(packed, block_scale, None, dtype)
+    return cpu_torch.unscaled(packed, block_scale.view(torch.float8_e4m3fn), dtype)
 
 
-def scaled_matmul(x: Tensor, weight: Tensor, token_scale: Tensor | None, decode_scale: Tensor) -> Tensor:
-    """:func:`fouroversix_plugin.reference.scaled_matmul`; with bf16 operands the sum, accumulated in fp32, is rounded
-    to bf16 before it is scaled."""
+def to_strips(packed: Tensor, block_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The one-time shuffle of a weight: strips of 16 rows, a SIMD lane each; see csrc/cpu_linear.cpp.
+
+    Args:
+        packed: uint8 [..., N, K/2].
+        block_scale: E4M3 bytes, uint8 [..., N, K/16].
+
+    Returns:
+        uint8 [..., S, K/16, 8, 16] and [..., S, K/16, 16] with S = N / 16 rounded up; rows that fill up are 0.
+    """
+    codes, scales = (F.pad(t, (0, 0, 0, -t.shape[-2] % BLOCK_SIZE)) for t in (packed, block_scale))
+    codes = codes.unflatten(-1, (-1, BLOCK_SIZE // 2)).unflatten(-3, (-1, BLOCK_SIZE))  # [..., S, 16, K/16, 8]
+    scales = scales.unflatten(-2, (-1, BLOCK_SIZE))  # [..., S, 16, K/16]
+    return codes.movedim(-3, -1).contiguous(), scales.movedim(-2, -1).contiguous()
+
+
+def from_strips(codes: Tensor, scales: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """What :func:`to_strips` made, back: packed [..., N, K/2] and block scales [..., N, K/16] for N = ``rows``."""
+    packed = codes.movedim(-1, -3).flatten(-4, -3).flatten(-2)
+    block_scale = scales.movedim(-1, -2).flatten(-3, -2)
+    return packed[..., :rows, :].contiguous(), block_scale[..., :rows, :].contiguous()
+
+
+def prepare(packed: Tensor, block_scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """A weight as :func:`linear` wants it for a model of ``dtype``: in strips, or expanded without a compiler."""
+    if build.load("cpu") is None:
+        return to_strips(packed, block_scale)
+    return unscaled(packed, block_scale, _held_dtype(dtype)), None
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    block_scale: Tensor | None,
+    decode_scale: Tensor,
+    token_scale: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """((x W^T) * token_scale) * decode_scale + bias in fp32, rounded to ``dtype``: [M, N].
+
+    ``weight`` and ``block_scale`` are as :func:`prepare` left them, or as stored (2-D), which is prepared in the call.
+    """
+    if weight.ndim == 2 and block_scale is not None:
+        weight, block_scale = prepare(weight, block_scale, x.dtype)
+    if block_scale is not None:
+        return native.linear(x, weight, block_scale, decode_scale, token_scale, bias, dtype)
+    # Without a compiler. With bf16 operands the sum, accumulated in fp32, is rounded to bf16 before it is scaled.
     y = F.linear(x.to(weight.dtype), weight).float()
     if token_scale is not None:
         y.mul_(token_scale.unsqueeze(-1))
-    return y.mul_(decode_scale)
+    y.mul_(decode_scale)
+    return (y if bias is None else y.add_(bias)).to(dtype)
+
+
+def _held_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What expanded weights are held in for a model of ``dtype``: fp16 sums of products up to 2688² would overflow."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
 def moe(
     x: Tensor,
     w13: Tensor,
+    w13_block_scale: Tensor | None,
     w13_decode_scale: Tensor,
     w2: Tensor,
+    w2_block_scale: Tensor | None,
     w2_decode_scale: Tensor,
     topk_weights: Tensor,
     topk_ids: Tensor,
@@ -202,14 +130,25 @@ def moe(
     input_amax: Tensor | None = None,
     inner_amax: Tensor | None = None,
 ) -> Tensor:
-    """:func:`fouroversix_plugin.reference.moe` on expanded weights: an expert sees only the tokens routed to it."""
-    half = w13.shape[-2] // 2
-    slots = torch.zeros(*topk_ids.shape, w2.shape[-2], dtype=torch.float32)
+    """:func:`fouroversix_plugin.reference.moe` on prepared weights: an expert sees only the tokens routed to it."""
+    experts, half = w13_decode_scale.shape[0], w13_decode_scale.shape[1] // 2
+    slots = torch.zeros(*topk_ids.shape, w2_decode_scale.shape[1], dtype=torch.float32)
+
+    def product(
+        rows: Tensor,
+        weight: Tensor,
+        scales: Tensor | None,
+        decode_scale: Tensor,
+        of_row: Tensor | None,
+        out: torch.dtype,
+    ) -> Tensor:
+        return linear(rows, weight[e], None if scales is None else scales[e], decode_scale[e], of_row, None, out)
+
     quantized = None
     if activations is not None and not apply_router_weight_on_input:
         quantized = quantize_values(x, activations, input_amax)
     for e in topk_ids.unique().tolist():
-        if not 0 <= e < w13.shape[0]:
+        if not 0 <= e < experts:
             continue  # another rank's expert
         token, slot = (topk_ids == e).nonzero(as_tuple=True)
         expert_in, token_scale = x[token], None
@@ -219,10 +158,10 @@ def moe(
             expert_in = (expert_in.float() * topk_weights[token, slot].float().unsqueeze(-1)).to(x.dtype)
             if activations is not None:
                 expert_in, token_scale = quantize_values(expert_in, activations, input_amax)
-        gate_up = scaled_matmul(expert_in, w13[e], token_scale, w13_decode_scale[e]).to(x.dtype).float()
+        gate_up = product(expert_in, w13, w13_block_scale, w13_decode_scale, token_scale, x.dtype).float()
         hidden = reference.gated_activation(gate_up[:, :half], gate_up[:, half:], activation).to(x.dtype)
         token_scale = None
         if activations is not None:
             hidden, token_scale = quantize_values(hidden, activations, inner_amax)
-        slots[token, slot] = scaled_matmul(hidden, w2[e], token_scale, w2_decode_scale[e])
+        slots[token, slot] = product(hidden, w2, w2_block_scale, w2_decode_scale, token_scale, torch.float32)
     return reference.combine(slots, topk_weights, apply_router_weight_on_input).to(x.dtype)

@@ -1,7 +1,17 @@
 """``torch.ops.fouroversix.*``: one schema for every device, fakes, and what runs where.
 
-The dispatcher chooses by device: the CPU kernels for CPU tensors, the reference for all others. Operators are opaque to
-torch.compile, so no compiler can fuse their arithmetic into other bytes.
+The dispatcher chooses by device; a device has one implementation in a process, whichever can be had there. Operators
+are opaque to torch.compile, so no compiler can fuse their arithmetic into other bytes.
+
+- ``quantize``: x [M, K] to packed [M, K/2], block scales [M, K/16] and a decode scale ([] or, per token, [M]), scaled
+  for ``amax`` ([] or [M]) or for the largest magnitude of the tensor or row.
+- ``quantize_values``: e2m1 * block_scale in the dtype of x, and token_scale [M]; ``amax`` [] is a static one.
+- ``quantize_to_layout``: ``quantize`` with block scales in the order that block-scaled GEMMs read ("128x4", "8x4":
+  flat, padding 0; see :func:`fouroversix_plugin.nvfp4.scales_to_layout`).
+- ``quantize_experts``: rows sorted by expert, int32 offsets [E + 1] on the device, a decode scale per expert [E]; see
+  :func:`fouroversix_plugin.reference.expert_amax` and :func:`~fouroversix_plugin.reference.expert_scales_to_layout`.
+- ``silu_and_mul_*``: x is [gate, up] [M, 2K], and what is quantized is
+  :func:`fouroversix_plugin.reference.silu_and_mul` of it.
 
 A weight reaches an operator packed (uint8 with its ``block_scale``), or expanded to e2m1 * block_scale (without one),
 as :func:`prepare_weight` left it; its decode scale is always one per row. Block scales cross the boundary as the uint8
@@ -10,19 +20,29 @@ bytes of their E4M3 numbers: too little of torch (``allclose`` in ``opcheck`` fo
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fouroversix_plugin import reference
-from fouroversix_plugin.kernels import cpu
-from fouroversix_plugin.nvfp4 import NVFP4Tensor
+from fouroversix_plugin.kernels import cpu, cuda, reference_operators
+from fouroversix_plugin.nvfp4 import NVFP4Tensor, ScaleLayout, padded_scale_shape
 from fouroversix_plugin.recipe import BLOCK_SIZE, Granularity, Recipe
 
 _SCHEMAS = (
     "quantize(Tensor x, Tensor? amax, str granularity, str recipe) -> (Tensor, Tensor, Tensor)",
     "quantize_values(Tensor x, Tensor? amax, str recipe) -> (Tensor, Tensor)",
+    "quantize_to_layout(Tensor x, Tensor? amax, str granularity, str recipe, str layout) -> (Tensor, Tensor, Tensor)",
+    "quantize_experts(Tensor x, Tensor expert_offsets, Tensor? amax, str recipe, str layout) "
+    "-> (Tensor, Tensor, Tensor)",
+    "silu_and_mul_quantize(Tensor x, Tensor? amax, str granularity, str recipe, str layout) "
+    "-> (Tensor, Tensor, Tensor)",
+    "silu_and_mul_quantize_values(Tensor x, Tensor? amax, str recipe) -> (Tensor, Tensor)",
+    "silu_and_mul_quantize_experts(Tensor x, Tensor expert_offsets, Tensor? amax, str recipe, str layout) "
+    "-> (Tensor, Tensor, Tensor)",
     "dequantize(Tensor packed, Tensor block_scale, Tensor decode_scale, ScalarType dtype) -> Tensor",
     "linear(Tensor x, Tensor weight, Tensor? block_scale, Tensor decode_scale, Tensor? token_scale, Tensor? bias, "
     "ScalarType dtype) -> Tensor",
@@ -41,8 +61,9 @@ class PreparedWeight:
     """A weight [..., N, K] as its device's operators want it.
 
     Args:
-        weight: packed uint8 [..., N, K/2], or e2m1 * block_scale [..., N, K].
-        block_scale: E4M3 bytes, uint8 [..., N, K/16], of a packed weight, else None.
+        weight: packed uint8 [..., N, K/2], or on the CPU in strips [..., N/16, K/16, 8, 16]; or, without block scales,
+            e2m1 * block_scale [..., N, K].
+        block_scale: E4M3 bytes of a packed weight, uint8 [..., N, K/16], or in strips [..., N/16, K/16, 16]; else None.
         decode_scale: float32 [..., N].
     """
 
@@ -52,12 +73,26 @@ class PreparedWeight:
 
 
 def prepare_weight(q: NVFP4Tensor, dtype: torch.dtype) -> PreparedWeight:
-    """One-time change of a weight for a model of ``dtype``: expanded on CPU, packed elsewhere."""
+    """One-time change of a weight for a model of ``dtype``: shuffled on CPU (expanded without a compiler)."""
     stored = as_stored(q)
     if q.device.type != "cpu":
         return stored
-    weight = cpu.unscaled(q.packed, q.block_scale, cpu.held_dtype(dtype))
-    return PreparedWeight(weight, None, stored.decode_scale)
+    weight, block_scale = cpu.prepare(stored.weight, q.block_scale.view(torch.uint8), dtype)
+    return PreparedWeight(weight, block_scale, stored.decode_scale)
+
+
+def unprepare_weight(w: PreparedWeight) -> NVFP4Tensor:
+    """The weight that :func:`prepare_weight` was given, with a decode scale per row.
+
+    Raises:
+        ValueError: an expanded weight: its codes are gone.
+    """
+    if w.block_scale is None:
+        raise ValueError(f"weight: got {w.weight.dtype} without block scales, needed packed codes")
+    packed, block_scale = w.weight, w.block_scale
+    if packed.ndim > w.decode_scale.ndim + 1:
+        packed, block_scale = cpu.from_strips(packed, block_scale, w.decode_scale.shape[-1])
+    return NVFP4Tensor(packed, block_scale.view(torch.float8_e4m3fn), w.decode_scale)
 
 
 def as_stored(q: NVFP4Tensor) -> PreparedWeight:
@@ -122,33 +157,75 @@ def moe(
     return out
 
 
-# --- what runs: CPU tensors ---
+# --- what runs: the quantizers, on every device ---
 
 
-def _cpu_quantize(x: Tensor, amax: Tensor | None, granularity: Granularity, recipe: str) -> tuple[Tensor, ...]:
-    q = cpu.quantize(x, Recipe.from_key(recipe), granularity, amax)
-    return q.packed, q.block_scale.view(torch.uint8), q.decode_scale
+class _Quantizer(Protocol):
+    """What a backend brings: :mod:`fouroversix_plugin.kernels.native` says what each means."""
+
+    def quantize(
+        self,
+        x: Tensor,
+        recipe: Recipe,
+        granularity: Granularity,
+        amax: Tensor | None,
+        layout: ScaleLayout,
+        gated: bool,
+        expert_offsets: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def quantize_values(self, x: Tensor, recipe: Recipe, amax: Tensor | None, gated: bool) -> tuple[Tensor, Tensor]: ...
+
+    def dequantize(self, packed: Tensor, block_scale: Tensor, decode_scale: Tensor, dtype: torch.dtype) -> Tensor: ...
 
 
-def _cpu_quantize_values(x: Tensor, amax: Tensor | None, recipe: str) -> tuple[Tensor, Tensor]:
-    return cpu.quantize_values(x, Recipe.from_key(recipe), amax)
+def _register(key: str, backend: _Quantizer) -> None:
+    """Make ``backend`` what runs for tensors of a dispatch key."""
+
+    def quantize(x: Tensor, amax: Tensor | None, granularity: Granularity, recipe: str) -> tuple[Tensor, ...]:
+        return backend.quantize(x, Recipe.from_key(recipe), granularity, amax, "row_major", False, None)
+
+    def to_layout(gated: bool) -> Callable[..., tuple[Tensor, ...]]:
+        def run(
+            x: Tensor, amax: Tensor | None, granularity: Granularity, recipe: str, layout: ScaleLayout
+        ) -> tuple[Tensor, ...]:
+            return backend.quantize(x, Recipe.from_key(recipe), granularity, amax, layout, gated, None)
+
+        return run
+
+    def experts(gated: bool) -> Callable[..., tuple[Tensor, ...]]:
+        def run(
+            x: Tensor, expert_offsets: Tensor, amax: Tensor | None, recipe: str, layout: ScaleLayout
+        ) -> tuple[Tensor, ...]:
+            return backend.quantize(x, Recipe.from_key(recipe), "tensor", amax, layout, gated, expert_offsets)
+
+        return run
+
+    def values(gated: bool) -> Callable[..., tuple[Tensor, ...]]:
+        def run(x: Tensor, amax: Tensor | None, recipe: str) -> tuple[Tensor, ...]:
+            return backend.quantize_values(x, Recipe.from_key(recipe), amax, gated)
+
+        return run
+
+    for name, run in (
+        ("quantize", quantize),
+        ("quantize_to_layout", to_layout(gated=False)),
+        ("quantize_experts", experts(gated=False)),
+        ("quantize_values", values(gated=False)),
+        ("silu_and_mul_quantize", to_layout(gated=True)),
+        ("silu_and_mul_quantize_experts", experts(gated=True)),
+        ("silu_and_mul_quantize_values", values(gated=True)),
+        ("dequantize", backend.dequantize),
+    ):
+        _library.impl(name, run, key)
 
 
-def _cpu_dequantize(packed: Tensor, block_scale: Tensor, decode_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return cpu.dequantize(packed, block_scale.view(torch.float8_e4m3fn), decode_scale, dtype)
+_register("CPU", cpu)
+_register("CUDA", cuda)
+_register("CompositeExplicitAutograd", reference_operators)
 
 
-def _cpu_linear(
-    x: Tensor,
-    weight: Tensor,
-    block_scale: Tensor | None,
-    decode_scale: Tensor,
-    token_scale: Tensor | None,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    y = cpu.scaled_matmul(x, _cpu_expanded(weight, block_scale, dtype), token_scale, decode_scale)
-    return (y if bias is None else y.add_(bias)).to(dtype)
+# --- what runs: products of CPU tensors ---
 
 
 def _cpu_moe(
@@ -162,53 +239,18 @@ def _cpu_moe(
     topk_weights: Tensor,
     topk_ids: Tensor,
     activations: str | None,
-    activation: str,
-    apply_router_weight_on_input: bool,
-    input_amax: Tensor | None,
-    inner_amax: Tensor | None,
+    *rest: Any,
 ) -> Tensor:
-    return cpu.moe(
-        x,
-        _cpu_expanded(w13, w13_block_scale, x.dtype),
-        w13_decode_scale,
-        _cpu_expanded(w2, w2_block_scale, x.dtype),
-        w2_decode_scale,
-        topk_weights,
-        topk_ids,
-        None if activations is None else Recipe.from_key(activations),
-        activation,
-        apply_router_weight_on_input,
-        input_amax,
-        inner_amax,
-    )
+    recipe = None if activations is None else Recipe.from_key(activations)
+    w13_parts, w2_parts = (w13, w13_block_scale, w13_decode_scale), (w2, w2_block_scale, w2_decode_scale)
+    return cpu.moe(x, *w13_parts, *w2_parts, topk_weights, topk_ids, recipe, *rest)
 
 
-def _cpu_expanded(weight: Tensor, block_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return (
-        weight
-        if block_scale is None
-        else cpu.unscaled(weight, block_scale.view(torch.float8_e4m3fn), cpu.held_dtype(dtype))
-    )
-
-
-# --- what runs: every other device ---
+# --- what runs: products on every other device ---
 
 
 def _tensor(packed: Tensor, block_scale: Tensor, decode_scale: Tensor) -> NVFP4Tensor:
     return NVFP4Tensor(packed, block_scale.view(torch.float8_e4m3fn), decode_scale)
-
-
-def _quantize(x: Tensor, amax: Tensor | None, granularity: Granularity, recipe: str) -> tuple[Tensor, ...]:
-    q = reference.quantize(x, Recipe.from_key(recipe), granularity, amax)
-    return q.packed, q.block_scale.view(torch.uint8), q.decode_scale
-
-
-def _quantize_values(x: Tensor, amax: Tensor | None, recipe: str) -> tuple[Tensor, Tensor]:
-    return reference.quantize_values(x, Recipe.from_key(recipe), amax)
-
-
-def _dequantize(packed: Tensor, block_scale: Tensor, decode_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return reference.dequantize(_tensor(packed, block_scale, decode_scale), dtype)
 
 
 def _linear(
@@ -258,10 +300,7 @@ def _moe(
 
 
 for _name, _on_cpu, _elsewhere in (
-    ("quantize", _cpu_quantize, _quantize),
-    ("quantize_values", _cpu_quantize_values, _quantize_values),
-    ("dequantize", _cpu_dequantize, _dequantize),
-    ("linear", _cpu_linear, _linear),
+    ("linear", cpu.linear, _linear),
     ("moe", _cpu_moe, _moe),
 ):
     _library.impl(_name, _on_cpu, "CPU")
@@ -271,20 +310,67 @@ for _name, _on_cpu, _elsewhere in (
 # --- shapes and dtypes of the results ---
 
 
-@torch.library.register_fake("fouroversix::quantize", lib=_library)
-def _fake_quantize(x: Tensor, amax: Tensor | None, granularity: str, recipe: str) -> tuple[Tensor, Tensor, Tensor]:
-    M, K = x.shape
-    decode_shape = (M,) if granularity == "token" else ()
+def _fake(
+    x: Tensor, columns: int, layout: ScaleLayout, decode_shape: Sequence[int], experts: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    M = x.shape[0]
+    tile = padded_scale_shape(layout, 1, 1)[0]
+    rows = M if experts is None else (M + experts * (tile - 1)) // tile * tile
+    scales: tuple[int, ...] = padded_scale_shape(layout, rows, columns // BLOCK_SIZE)
     return (
-        x.new_empty(M, K // 2, dtype=torch.uint8),
-        x.new_empty(M, K // BLOCK_SIZE, dtype=torch.uint8),
+        x.new_empty(M, columns // 2, dtype=torch.uint8),
+        x.new_empty(scales if layout == "row_major" else scales[0] * scales[1], dtype=torch.uint8),
         x.new_empty(decode_shape, dtype=torch.float32),
     )
+
+
+def _decode_shape(x: Tensor, granularity: str) -> tuple[int, ...]:
+    return (x.shape[0],) if granularity == "token" else ()
+
+
+@torch.library.register_fake("fouroversix::quantize", lib=_library)
+def _fake_quantize(x: Tensor, amax: Tensor | None, granularity: str, recipe: str) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake(x, x.shape[1], "row_major", _decode_shape(x, granularity))
+
+
+@torch.library.register_fake("fouroversix::quantize_to_layout", lib=_library)
+def _fake_quantize_to_layout(
+    x: Tensor, amax: Tensor | None, granularity: str, recipe: str, layout: ScaleLayout
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake(x, x.shape[1], layout, _decode_shape(x, granularity))
+
+
+@torch.library.register_fake("fouroversix::silu_and_mul_quantize", lib=_library)
+def _fake_silu_and_mul_quantize(
+    x: Tensor, amax: Tensor | None, granularity: str, recipe: str, layout: ScaleLayout
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake(x, x.shape[1] // 2, layout, _decode_shape(x, granularity))
+
+
+@torch.library.register_fake("fouroversix::quantize_experts", lib=_library)
+def _fake_quantize_experts(
+    x: Tensor, expert_offsets: Tensor, amax: Tensor | None, recipe: str, layout: ScaleLayout
+) -> tuple[Tensor, Tensor, Tensor]:
+    E = expert_offsets.shape[0] - 1
+    return _fake(x, x.shape[1], layout, (E,), E)
+
+
+@torch.library.register_fake("fouroversix::silu_and_mul_quantize_experts", lib=_library)
+def _fake_silu_and_mul_quantize_experts(
+    x: Tensor, expert_offsets: Tensor, amax: Tensor | None, recipe: str, layout: ScaleLayout
+) -> tuple[Tensor, Tensor, Tensor]:
+    E = expert_offsets.shape[0] - 1
+    return _fake(x, x.shape[1] // 2, layout, (E,), E)
 
 
 @torch.library.register_fake("fouroversix::quantize_values", lib=_library)
 def _fake_quantize_values(x: Tensor, amax: Tensor | None, recipe: str) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+@torch.library.register_fake("fouroversix::silu_and_mul_quantize_values", lib=_library)
+def _fake_silu_and_mul_quantize_values(x: Tensor, amax: Tensor | None, recipe: str) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], x.shape[1] // 2), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
 @torch.library.register_fake("fouroversix::dequantize", lib=_library)
@@ -302,7 +388,7 @@ def _fake_linear(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
+    return x.new_empty(x.shape[0], decode_scale.shape[0], dtype=dtype)
 
 
 @torch.library.register_fake("fouroversix::moe", lib=_library)

@@ -1,0 +1,362 @@
+// y = x W^T on packed weights, for CPUs: weights are unpacked in registers, so that a token costs 4.5 bits of memory
+// traffic per weight instead of bf16's 16.
+//
+// Compiled once for each instruction set like cpu.cpp (see there what that forbids). Weights lie in strips of 16 rows, a
+// lane each (kernels/cpu.py shuffles them once): for a block of 16 columns 8 x 16 bytes, each the codes of two columns
+// of a row, and 16 block scales. Two ways:
+//
+// - A few tokens: within a block, x times e2m1 is summed for even and for odd columns; the sum of the two is multiplied
+//   by the block scale into the total. The products are exact for bf16 and fp16 (at most 13 significant bits).
+// - Many bf16 tokens on a processor with AMX: a panel of rows is unpacked to bf16 (exact: e2m1 * E4M3 has 6 significant
+//   bits) into the second-level cache, where tiles multiply it with all tokens, accumulating in fp32. Tiles read
+//   subnormal bf16 numbers as 0.
+//
+// What a number of y is summed from, and in which order, does not depend on how rows and tokens share the work.
+#include "cpu.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace fos::FOS_ISA {
+namespace {
+
+constexpr int kStripBytes = kBlock * kBlock / 2;  // of codes, for a block of columns
+
+alignas(64) constexpr float kE2m1[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
+                                         -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
+
+float to_float(const void* x, Dtype dtype, int64_t i) {
+  if (dtype == Dtype::fp32) return static_cast<const float*>(x)[i];
+  const uint16_t h = static_cast<const uint16_t*>(x)[i];
+  return dtype == Dtype::bf16 ? bf16_value(h) : fp16_value(h);
+}
+
+// 16 floats, one for each row of a strip.
+#if defined(__AVX512F__)
+
+struct Lanes {
+  __m512 v;
+  static FOS_FN Lanes zero() { return {_mm512_setzero_ps()}; }
+  FOS_FN void store(float* out) const { _mm512_store_ps(out, v); }
+  // e2m1 numbers of the low and of the high nibbles: the look-up reads the lowest 4 bits only.
+  static FOS_FN void unpack(const uint8_t* codes, Lanes& even, Lanes& odd) {
+    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    const __m512 table = _mm512_load_ps(kE2m1);
+    even.v = _mm512_permutexvar_ps(bytes, table);
+    odd.v = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), table);
+  }
+  // E4M3 numbers. Shifted to where fp16 has its exponent and mantissa they are 2^-8 of themselves, subnormals included.
+  static FOS_FN Lanes scales(const uint8_t* e4m3) {
+    const __m256i byte = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(e4m3)));
+    const __m256i magnitude = _mm256_and_si256(byte, _mm256_set1_epi16(0x7F));
+    const __m256i sign = _mm256_slli_epi16(_mm256_xor_si256(byte, magnitude), 8);
+    const __m256i nan = _mm256_and_si256(_mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(kE4m3Nan)),
+                                         _mm256_set1_epi16(0x7E00));
+    const __m256i half = _mm256_or_si256(_mm256_or_si256(_mm256_slli_epi16(magnitude, 7), sign), nan);
+    return {_mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0f))};
+  }
+  FOS_FN void add_product(Lanes a, float b) { v = _mm512_fmadd_ps(a.v, _mm512_set1_ps(b), v); }
+  FOS_FN void add_product(Lanes a, Lanes b) { v = _mm512_fmadd_ps(a.v, b.v, v); }
+  FOS_FN Lanes plus(Lanes b) const { return {_mm512_add_ps(v, b.v)}; }
+};
+constexpr int kMostTokens = 8;  // 24 sums of 32 registers
+
+#elif defined(__AVX2__)
+
+struct Lanes {
+  __m256 v[2];
+  static FOS_FN Lanes zero() { return {{_mm256_setzero_ps(), _mm256_setzero_ps()}}; }
+  FOS_FN void store(float* out) const {
+    _mm256_store_ps(out, v[0]);
+    _mm256_store_ps(out + 8, v[1]);
+  }
+  // The look-up reads 3 bits, the magnitude; bit 3 becomes the sign.
+  static FOS_FN __m256 numbers(__m256i code) {
+    const __m256i sign = _mm256_and_si256(_mm256_slli_epi32(code, 28), _mm256_set1_epi32(static_cast<int>(kSign)));
+    const __m256 magnitude = _mm256_permutevar8x32_ps(_mm256_load_ps(kE2m1), code);
+    return _mm256_xor_ps(magnitude, _mm256_castsi256_ps(sign));
+  }
+  static FOS_FN void unpack(const uint8_t* codes, Lanes& even, Lanes& odd) {
+    for (int half = 0; half < 2; ++half) {
+      const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + 8 * half));
+      const __m256i bytes = _mm256_cvtepu8_epi32(eight);
+      even.v[half] = numbers(bytes);
+      odd.v[half] = numbers(_mm256_srli_epi32(bytes, 4));
+    }
+  }
+  static FOS_FN Lanes scales(const uint8_t* e4m3) {
+    alignas(32) float numbers[kBlock];
+    for (int r = 0; r < kBlock; ++r) numbers[r] = e4m3_value(e4m3[r]);
+    return {{_mm256_load_ps(numbers), _mm256_load_ps(numbers + 8)}};
+  }
+  FOS_FN void add_product(Lanes a, float b) {
+    for (int half = 0; half < 2; ++half) v[half] = _mm256_fmadd_ps(a.v[half], _mm256_set1_ps(b), v[half]);
+  }
+  FOS_FN void add_product(Lanes a, Lanes b) {
+    for (int half = 0; half < 2; ++half) v[half] = _mm256_fmadd_ps(a.v[half], b.v[half], v[half]);
+  }
+  FOS_FN Lanes plus(Lanes b) const { return {{_mm256_add_ps(v[0], b.v[0]), _mm256_add_ps(v[1], b.v[1])}}; }
+};
+constexpr int kMostTokens = 2;  // 12 sums of 16 registers
+
+#else
+
+struct Lanes {
+  float v[kBlock];
+  static FOS_FN Lanes zero() { return {}; }
+  FOS_FN void store(float* out) const {
+    for (int i = 0; i < kBlock; ++i) out[i] = v[i];
+  }
+  static FOS_FN void unpack(const uint8_t* codes, Lanes& even, Lanes& odd) {
+    for (int i = 0; i < kBlock; ++i) even.v[i] = kE2m1[codes[i] & 15], odd.v[i] = kE2m1[codes[i] >> 4];
+  }
+  static FOS_FN Lanes scales(const uint8_t* e4m3) {
+    Lanes numbers;
+    for (int r = 0; r < kBlock; ++r) numbers.v[r] = e4m3_value(e4m3[r]);
+    return numbers;
+  }
+  FOS_FN void add_product(const Lanes& a, float b) {
+    for (int i = 0; i < kBlock; ++i) v[i] += a.v[i] * b;
+  }
+  FOS_FN void add_product(const Lanes& a, const Lanes& b) {
+    for (int i = 0; i < kBlock; ++i) v[i] += a.v[i] * b.v[i];
+  }
+  FOS_FN Lanes plus(const Lanes& b) const {
+    Lanes sum;
+    for (int i = 0; i < kBlock; ++i) sum.v[i] = v[i] + b.v[i];
+    return sum;
+  }
+};
+constexpr int kMostTokens = 4;
+
+#endif
+
+// The last steps for `count` rows of a token, in the order of the specification.
+template <Dtype dtype>
+FOS_FN void finish_rows(const Linear& l, int64_t token, int64_t row, const float* sums, int count) {
+  const float* decode_scale = l.decode_scale + row;
+  const float* bias = l.bias + row;
+  float y[kBlock];
+  const float token_scale = l.token_scale == nullptr ? 1.0f : l.token_scale[token];
+  for (int r = 0; r < count; ++r) y[r] = (sums[r] * token_scale) * decode_scale[r];
+  if (l.bias != nullptr) {
+    for (int r = 0; r < count; ++r) y[r] = y[r] + bias[r];
+  }
+  const int64_t at = token * l.outputs + row;
+  if (dtype == Dtype::fp32) {
+    float* out = static_cast<float*>(l.out) + at;
+    for (int r = 0; r < count; ++r) out[r] = y[r];
+  } else {
+    uint16_t* out = static_cast<uint16_t*>(l.out) + at;
+    for (int r = 0; r < count; ++r) out[r] = dtype == Dtype::bf16 ? bf16_bits(y[r]) : fp16_bits(y[r]);
+  }
+}
+
+template <Dtype dtype>
+FOS_FN void finish_as(const Linear& l, int64_t token, int64_t row, const float* sums) {
+  if (l.outputs - row >= kBlock) {
+    finish_rows<dtype>(l, token, row, sums, kBlock);  // a number the compiler knows: no loop remains
+  } else {
+    finish_rows<dtype>(l, token, row, sums, static_cast<int>(l.outputs - row));
+  }
+}
+
+// Rows from l.outputs on fill up the last strip and do not exist.
+FOS_FN void finish(const Linear& l, int64_t token, int64_t row, const float* sums) {
+  if (l.out_dtype == Dtype::bf16) return finish_as<Dtype::bf16>(l, token, row, sums);
+  if (l.out_dtype == Dtype::fp16) return finish_as<Dtype::fp16>(l, token, row, sums);
+  finish_as<Dtype::fp32>(l, token, row, sums);
+}
+
+// `strips` x 16 rows for `tokens` tokens; x is fp32 [tokens, K].
+template <int strips, int tokens>
+void unit(const Linear& l, const float* x, int64_t strip, int64_t token) {
+  const int64_t blocks = l.columns / kBlock;
+  Lanes sums[strips][tokens];
+  for (int s = 0; s < strips; ++s) {
+    for (int t = 0; t < tokens; ++t) sums[s][t] = Lanes::zero();
+  }
+  for (int64_t block = 0; block < blocks; ++block) {
+    Lanes even_sums[strips][tokens], odd_sums[strips][tokens];
+    for (int s = 0; s < strips; ++s) {
+      for (int t = 0; t < tokens; ++t) even_sums[s][t] = odd_sums[s][t] = Lanes::zero();
+    }
+    const float* of_block = x + block * kBlock;
+#pragma GCC unroll 8
+    for (int pair = 0; pair < kBlock / 2; ++pair) {
+      for (int s = 0; s < strips; ++s) {
+        Lanes even, odd;
+        Lanes::unpack(l.codes + ((strip + s) * blocks + block) * kStripBytes + pair * kBlock, even, odd);
+        for (int t = 0; t < tokens; ++t) {
+          even_sums[s][t].add_product(even, of_block[t * l.columns + 2 * pair]);
+          odd_sums[s][t].add_product(odd, of_block[t * l.columns + 2 * pair + 1]);
+        }
+      }
+    }
+    for (int s = 0; s < strips; ++s) {
+      const Lanes scale = Lanes::scales(l.block_scale + ((strip + s) * blocks + block) * kBlock);
+      for (int t = 0; t < tokens; ++t) sums[s][t].add_product(even_sums[s][t].plus(odd_sums[s][t]), scale);
+    }
+  }
+  for (int s = 0; s < strips; ++s) {
+    for (int t = 0; t < tokens; ++t) {
+      alignas(64) float y[kBlock];
+      sums[s][t].store(y);
+      finish(l, token + t, (strip + s) * kBlock, y);
+    }
+  }
+}
+
+// Strips [begin, end) for a number of tokens known to the compiler: as many strips at once as keep the multipliers busy.
+template <int tokens>
+void units(const Linear& l, const float* x, int64_t token, int64_t begin, int64_t end) {
+  constexpr int together = kMostTokens / tokens < 4 ? kMostTokens / tokens : 4;
+  int64_t strip = begin;
+  for (; strip + together <= end; strip += together) unit<together, tokens>(l, x, strip, token);
+  for (; strip < end; ++strip) unit<1, tokens>(l, x, strip, token);
+}
+
+}  // namespace
+
+void tokens_in_fp32(const Linear& l, int64_t begin, int64_t end, float* out) {
+  for (int64_t i = begin * l.columns; i < end * l.columns; ++i) out[i] = to_float(l.x, l.x_dtype, i);
+}
+
+void linear_strips(const Linear& l, const float* x, int64_t begin, int64_t end) {
+  const StrictSubnormals strict;
+  int64_t token = 0;
+  for (; token + kMostTokens <= l.tokens; token += kMostTokens) {
+    units<kMostTokens>(l, x + token * l.columns, token, begin, end);
+  }
+  const float* rest = x + token * l.columns;
+  switch (l.tokens - token) {
+    case 1: return units<1>(l, rest, token, begin, end);
+#if !defined(__AVX2__) || defined(__AVX512F__)
+    case 2: return units<2>(l, rest, token, begin, end);
+    case 3: return units<3>(l, rest, token, begin, end);
+#endif
+#if defined(__AVX512F__)
+    case 4: return units<4>(l, rest, token, begin, end);
+    case 5: return units<5>(l, rest, token, begin, end);
+    case 6: return units<6>(l, rest, token, begin, end);
+    case 7: return units<7>(l, rest, token, begin, end);
+#endif
+  }
+}
+
+// --- many tokens, by tiles ---
+
+#if defined(__AVX512F__) && defined(__AMX_BF16__)
+
+namespace {
+
+constexpr int kTile = kTileTokens * kTileStep;  // bf16 numbers: 16 rows of 64 bytes
+constexpr int kNextRow = 64;                    // bytes between rows of a tile in memory
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// A strip as tiles [columns / 32][16 pairs of columns][16 rows][2] of bf16; columns that do not exist are 0.
+void unpack_strip(const Linear& l, int64_t strip, uint16_t* out) {
+  const int64_t blocks = l.columns / kBlock;
+  const __m512i high = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
+  for (int64_t block = 0; block < blocks; ++block) {
+    const __m512 scale = Lanes::scales(l.block_scale + (strip * blocks + block) * kBlock).v;
+    for (int pair = 0; pair < kBlock / 2; ++pair) {
+      Lanes even, odd;
+      Lanes::unpack(l.codes + (strip * blocks + block) * kStripBytes + pair * kBlock, even, odd);
+      // The products are bf16 numbers already: their upper halves, side by side.
+      const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(_mm512_mul_ps(even.v, scale)), 16);
+      const __m512i top = _mm512_and_si512(_mm512_castps_si512(_mm512_mul_ps(odd.v, scale)), high);
+      _mm512_store_si512(out + (block * (kBlock / 2) + pair) * 2 * kBlock, _mm512_or_si512(low, top));
+    }
+  }
+  if (blocks % 2 != 0) {
+    for (int64_t i = blocks * kTile / 2; i < (blocks + 1) * kTile / 2; i += 32) {
+      _mm512_store_si512(out + i, _mm512_setzero_si512());
+    }
+  }
+}
+
+}  // namespace
+
+bool tiles_usable() {
+  unsigned a = 7, b = 0, c = 0, d = 0;
+  __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // Linux hands out the registers on request
+  return (d & kAmxBf16) && (d & kAmxTile) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+// Groups of 16 tokens as tiles [columns / 32][16 tokens][32]; what does not exist is 0.
+void tile_tokens(const Linear& l, int64_t begin, int64_t end, uint16_t* out) {
+  const int64_t steps = (l.columns + kTileStep - 1) / kTileStep;
+  const uint16_t* x = static_cast<const uint16_t*>(l.x);
+  for (int64_t group = begin; group < end; ++group) {
+    for (int64_t t = 0; t < kTileTokens; ++t) {
+      const int64_t token = group * kTileTokens + t;
+      for (int64_t step = 0; step < steps; ++step) {
+        const int64_t column = step * kTileStep, left = token < l.tokens ? l.columns - column : 0;
+        const __mmask32 exist = left >= kTileStep ? 0xFFFFFFFFu : left > 0 ? 0x0000FFFFu : 0u;
+        const __m512i numbers = _mm512_maskz_loadu_epi16(exist, x + token * l.columns + column);
+        _mm512_store_si512(out + ((group * steps + step) * kTileTokens + t) * kTileStep, numbers);
+      }
+    }
+  }
+}
+
+void linear_panel(const Linear& l, const uint16_t* tokens, int64_t begin, int64_t end, uint16_t* scratch) {
+  const StrictSubnormals strict;
+  const TileConfig config;
+  _tile_loadconfig(&config);
+  const int64_t steps = (l.columns + kTileStep - 1) / kTileStep, strip = steps * kTile;
+  const int64_t strips = end - begin, groups = (l.tokens + kTileTokens - 1) / kTileTokens;
+  for (int64_t s = 0; s < strips; ++s) unpack_strip(l, begin + s, scratch + s * strip);
+  alignas(64) float sums[2][2][kTileTokens][kBlock];
+  for (int64_t group = 0; group < groups; group += 2) {
+    // Where there is no second group or strip, the first is computed twice and used once.
+    const uint16_t* x0 = tokens + group * strip;
+    const uint16_t* x1 = group + 1 < groups ? x0 + strip : x0;
+    for (int64_t s = 0; s < strips; s += 2) {
+      const uint16_t* w0 = scratch + s * strip;
+      const uint16_t* w1 = s + 1 < strips ? w0 + strip : w0;
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (int64_t step = 0; step < steps; ++step) {
+        _tile_loadd(4, x0 + step * kTile, kNextRow);
+        _tile_loadd(5, x1 + step * kTile, kNextRow);
+        _tile_loadd(6, w0 + step * kTile, kNextRow);
+        _tile_loadd(7, w1 + step * kTile, kNextRow);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+      _tile_stored(0, sums[0][0], kNextRow);
+      _tile_stored(1, sums[0][1], kNextRow);
+      _tile_stored(2, sums[1][0], kNextRow);
+      _tile_stored(3, sums[1][1], kNextRow);
+      for (int64_t g = 0; g < 2; ++g) {
+        for (int64_t t = 0; t < kTileTokens; ++t) {
+          const int64_t token = (group + g) * kTileTokens + t;
+          if (token >= l.tokens) break;
+          finish(l, token, (begin + s) * kBlock, sums[g][0][t]);
+          if (s + 1 < strips) finish(l, token, (begin + s + 1) * kBlock, sums[g][1][t]);
+        }
+      }
+    }
+  }
+  _tile_release();
+}
+
+#endif
+
+}  // namespace fos::FOS_ISA

@@ -1,0 +1,72 @@
+// What a quantizer call reads and writes: plain pointers, so that kernels need no torch headers.
+#pragma once
+
+#include <cstdint>
+
+#include "nvfp4.cuh"
+
+namespace fos {
+
+enum class Dtype : int { bf16 = 0, fp16 = 1, fp32 = 2 };
+
+inline int64_t size_of(Dtype dtype) { return dtype == Dtype::fp32 ? 4 : 2; }
+
+// One decode scale for the tensor, one per row, or one per expert (rows sorted by expert).
+enum class Scope : int { tensor = 0, token = 1, expert = 2 };
+
+struct Recipe {
+  Metric metric;
+  Domain domain;
+  bool adaptive;
+  float encoded_amax;  // scale_max * 6
+};
+
+struct Quantize {
+  // Input: x [M, K] contiguous, or [M, 2K] where silu(x[:, :K]) * x[:, K:], rounded to dtype, is quantized.
+  const void* x;
+  Dtype dtype;
+  bool gated;
+  int64_t rows, columns;
+  Recipe recipe;
+  Scope scope;
+  // amax given: [] for tensor, [M] for token ([] where amax_is_shared), [E] for expert; null to compute it.
+  const float* amax;
+  bool amax_is_shared;
+  // Scope::expert: rows offsets[e] .. offsets[e + 1] - 1 belong to expert e; ascending, within 0..M.
+  const int32_t* offsets;
+  int64_t experts;
+  // Output: either packed [M, K/2] and block_scale, or values [M, K] in dtype.
+  uint8_t* packed;
+  uint8_t* block_scale;
+  Layout layout;
+  int64_t scale_rows;  // padded; with experts in tiles, each expert starts at a multiple of the tile's rows
+  // CPU: the row each row's scales go to (-1: nowhere), or null for its own; a GPU finds it itself.
+  const int64_t* scale_row_of;
+  void* values;
+  float* decode_scale;  // [], [M] or [E]
+};
+
+struct Dequantize {
+  const uint8_t* packed;       // [rows, columns / 2]
+  const uint8_t* block_scale;  // [rows, columns / 16], row-major
+  const float* decode_scale;   // [rows], or null for 1
+  int64_t rows, columns;
+  Dtype dtype;
+  void* out;  // [rows, columns]
+};
+
+// out = (((x W^T) * token_scale) * decode_scale) + bias, each step in fp32.
+struct Linear {
+  const void* x;  // [tokens, columns]
+  Dtype x_dtype;
+  int64_t tokens, columns, outputs;
+  const uint8_t* codes;        // [outputs / 16, columns / 16, 8 pairs of columns, 16 rows]: even column in the low nibble
+  const uint8_t* block_scale;  // [outputs / 16, columns / 16, 16 rows]; rows that fill up the last strip are 0
+  const float* decode_scale;   // [outputs]
+  const float* token_scale;    // [tokens], or null for 1
+  const float* bias;           // [outputs], or null for 0
+  void* out;                   // [tokens, outputs]
+  Dtype out_dtype;
+};
+
+}  // namespace fos

@@ -1,0 +1,263 @@
+"""Compile ``csrc`` on first use, keep it, load it.
+
+A library is compiled once for a machine: by the first process that needs it, while others that start at the same time
+wait for it (a file lock), and it appears whole or not at all (a rename). It lies in the user's cache directory under a
+key made of the sources, the compilers' options, the architectures and torch's version. Importing compiles nothing.
+
+Where it cannot be compiled, :func:`load` says why, once in the log; whoever asked computes the same bytes another way.
+The environment chooses where things lie (``XDG_CACHE_HOME``, ``CUDA_HOME``, ``PATH``), never what is computed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+Name = Literal["cpu", "cuda"]
+NAMES: Final[tuple[Name, ...]] = ("cpu", "cuda")
+
+# The stable ABI as of the oldest torch we support: one binary would serve all later ones.
+_TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020B000000000000"
+_CPP = ("-std=c++20", "-O3", "-fPIC")
+# No fused multiply-add, nothing reordered. The last two only drop errno and floating-point exceptions, which nobody
+# reads, and let the compiler turn branches into selections.
+_STRICT = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
+_TILES = ("-mamx-tile", "-mamx-bf16")
+_ISAS: Final = {
+    "x86_64": {"baseline": (), "avx2": ("-mavx2", "-mfma"), "avx512": (*_AVX512, *_TILES)},
+}
+NVCC_STRICT: Final = ("-fmad=false", "-prec-div=true", "-prec-sqrt=true", "-ftz=false")
+_CUDA_DTYPES: Final = ("bf16", "fp16", "fp32")
+
+
+class BuildError(RuntimeError):
+    """A library cannot be compiled or loaded; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Recipe:
+    """How one library is made: commands that make objects side by side, and the one that links them."""
+
+    compile: tuple[tuple[str, ...], ...]
+    link: tuple[str, ...]
+
+
+def csrc() -> Path:
+    """Where the sources lie: in the package once installed, beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    installed = package / "csrc"
+    return installed if installed.is_dir() else package.parent / "csrc"
+
+
+def cache_directory() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache") / "fouroversix" / "kernels"
+
+
+def reason(name: Name) -> str | None:
+    """Why the library ``name`` is not to be had here, or None. Compiles nothing and loads nothing."""
+    if name in _failures:
+        return _failures[name]
+    try:
+        path = _path(name, _recipe(name))
+    except BuildError as error:
+        return str(error)
+    directory = _first_existing(path.parent)
+    if path.exists() or os.access(directory, os.W_OK):
+        return None
+    return f"{directory} is not writable, so there is nowhere to keep compiled kernels"
+
+
+def load(name: Name) -> str | None:
+    """Have the operators of ``torch.ops.fouroversix_<name>``: compile them if nobody has yet, load them once.
+
+    Returns:
+        None, or the reason why they are not to be had: said once in the log, and for good in this process.
+    """
+    if name in _loaded:
+        return None
+    with _lock:
+        if name not in _loaded and name not in _failures:
+            try:
+                path = _path(name, _recipe(name))
+                build(name, path)
+                torch.ops.load_library(path)
+                _loaded.add(name)
+            except (BuildError, OSError) as error:
+                _failures[name] = str(error)
+                logger.warning("fouroversix: no compiled %s kernels, the same bytes come slower: %s", name, error)
+        return _failures.get(name)
+
+
+def build_all(progress: Callable[[str], None]) -> dict[Name, str | None]:
+    """Compile whatever this machine can use, telling ``progress`` line by line.
+
+    Returns:
+        For every library None, or the reason why it cannot be compiled here.
+    """
+    found: dict[Name, str | None] = {}
+    for name in NAMES:
+        try:
+            path = _path(name, _recipe(name))
+            compiled = build(name, path)
+        except (BuildError, OSError) as error:
+            found[name] = str(error)
+            progress(f"{name}: {error}")
+        else:
+            found[name] = None
+            progress(f"{name}: {'compiled into' if compiled else 'already at'} {path}")
+    return found
+
+
+def build(name: Name, path: Path) -> bool:
+    """Make ``path``; False where it was there already, made by any process."""
+    if path.exists():
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path.with_suffix(".lock")):
+        if path.exists():
+            return False
+        logger.info("fouroversix: compiling the %s kernels, once for this machine, into %s", name, path)
+        started = time.monotonic()
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.stem}.") as directory:
+            made = _compile(_recipe(name), Path(directory))
+            made.replace(path)
+        logger.info("fouroversix: compiled the %s kernels in %.0f s", name, time.monotonic() - started)
+    return True
+
+
+_lock = threading.Lock()
+_loaded: set[Name] = set()
+_failures: dict[Name, str] = {}
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Alone among all processes of this machine; the kernel lets go for one that dies."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(recipe: _Recipe, directory: Path) -> Path:
+    objects = [str(directory / f"{index}.o") for index in range(len(recipe.compile))]
+    commands = [(*command, "-o", target) for command, target in zip(recipe.compile, objects, strict=True)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(_run, commands))
+    library = directory / "library.so"
+    _run((*recipe.link[:1], *objects, *recipe.link[1:], "-o", str(library)))
+    return library
+
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        first = next((line for line in said if "error" in line.lower()), said[-1] if said else "no message")
+        raise BuildError(f"{Path(command[0]).name} failed with status {done.returncode}: {first.strip()}")
+
+
+def _path(name: Name, recipe: _Recipe) -> Path:
+    """Where the library lies: its name holds everything that could change what is in it."""
+    digest = hashlib.sha256()
+    for source in sorted(csrc().iterdir()):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    for word in (
+        torch.__version__,
+        platform.machine(),
+        *recipe.link,
+        *(word for line in recipe.compile for word in line),
+    ):
+        digest.update(word.encode() + b"\0")
+    return cache_directory() / f"{name}-{digest.hexdigest()[:24]}.so"
+
+
+def _first_existing(path: Path) -> Path:
+    return path if path.exists() else _first_existing(path.parent)
+
+
+@functools.cache
+def _recipe(name: Name) -> _Recipe:
+    if not (csrc() / "nvfp4.cuh").is_file():
+        raise BuildError(f"the sources are missing: no {csrc() / 'nvfp4.cuh'}")
+    return _cpu_recipe() if name == "cpu" else _cuda_recipe()
+
+
+def _torch_flags() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Options to compile against this torch, and to link."""
+    root = Path(torch.__file__).parent
+    return (_TORCH_TARGET, "-isystem", str(root / "include")), (f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10")
+
+
+def _cpu_recipe() -> _Recipe:
+    compiler = next((path for path in map(shutil.which, ("g++", "clang++", "c++")) if path), None)
+    if compiler is None:
+        raise BuildError("no C++ compiler on the PATH: none of g++, clang++, c++")
+    include, libraries = _torch_flags()
+    kernels = [
+        (compiler, *_CPP, *_STRICT, *flags, f"-DFOS_ISA={isa}", "-c", str(csrc() / source))
+        for isa, flags in _ISAS.get(platform.machine(), {"baseline": ()}).items()
+        for source in ("cpu.cpp", "cpu_linear.cpp")
+    ]
+    bindings = (compiler, *_CPP, *include, "-DFOS_LIBRARY=fouroversix_cpu", "-DFOS_KEY=CPU")
+    return _Recipe((*kernels, (*bindings, "-c", str(csrc() / "bindings.cpp"))), (compiler, "-shared", *libraries))
+
+
+def nvcc() -> str:
+    """CUDA's compiler, or BuildError."""
+    homes = [home for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    candidates = (*(f"{home}/bin/nvcc" for home in homes), "nvcc")
+    found = next((path for path in map(shutil.which, candidates) if path), None)
+    if found is None:
+        raise BuildError("no nvcc: neither in CUDA_HOME or /usr/local/cuda nor on the PATH")
+    return found
+
+
+def architecture_flags(capability: tuple[int, int]) -> tuple[str, ...]:
+    """nvcc's options for machine code of a compute capability, with what is only in that very chip from 9.0 on."""
+    number = f"{capability[0]}{capability[1]}{'a' if capability >= (9, 0) else ''}"
+    return (f"-gencode=arch=compute_{number},code=sm_{number}",)
+
+
+def kernel_commands(compiler: str, architectures: Sequence[tuple[int, int]]) -> list[tuple[str, ...]]:
+    """Commands that compile ``quantize.cu``, one for each dtype of the input; they lack only ``-o``."""
+    machine = tuple(flag for capability in architectures for flag in architecture_flags(capability))
+    common = (compiler, "-std=c++20", "-O3", "-Xcompiler=-fPIC", *NVCC_STRICT, *machine)
+    return [(*common, f"-DFOS_DTYPE={dtype}", "-c", str(csrc() / "quantize.cu")) for dtype in _CUDA_DTYPES]
+
+
+def _cuda_recipe() -> _Recipe:
+    if torch.version.cuda is None:
+        raise BuildError("this torch is built without CUDA")
+    if not torch.cuda.is_available():
+        raise BuildError("no CUDA device")
+    capabilities = sorted({torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())})
+    if capabilities[0] < (8, 0):
+        raise BuildError(f"compute capability {capabilities[0][0]}.{capabilities[0][1]}, needed 8.0 or above")
+    compiler = nvcc()
+    include, libraries = _torch_flags()
+    machine = tuple(flag for capability in capabilities for flag in architecture_flags(capability))
+    bindings = (compiler, "-std=c++20", "-O2", "-Xcompiler=-fPIC", *include, "-DUSE_CUDA", "-DFOS_CUDA")
+    named = (*bindings, "-DFOS_LIBRARY=fouroversix_cuda", "-DFOS_KEY=CUDA", "-c", str(csrc() / "bindings.cpp"))
+    link = (compiler, "-shared", "-cudart=static", *machine, *libraries, "-ltorch_cuda")
+    return _Recipe((*kernel_commands(compiler, capabilities), named), link)

@@ -1,0 +1,79 @@
+"""The compiled operators (``torch.ops.fouroversix_cpu`` and ``_cuda``) by the names and types of this package.
+
+Both devices have the same three quantizers, and the CPU a product; :mod:`fouroversix_plugin.kernels.build` compiles and
+loads them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, get_args
+
+import torch
+from torch import Tensor
+
+from fouroversix_plugin.nvfp4 import ScaleLayout
+from fouroversix_plugin.recipe import ErrorDomain, Granularity, Metric, Recipe
+
+_METRICS: Final = get_args(Metric)
+_DOMAINS: Final = get_args(ErrorDomain)
+_LAYOUTS: Final = get_args(ScaleLayout)
+_SCOPES: Final = (*get_args(Granularity), "expert")
+
+
+def quantize(
+    x: Tensor,
+    recipe: Recipe,
+    granularity: Granularity,
+    amax: Tensor | None,
+    layout: ScaleLayout,
+    gated: bool,
+    expert_offsets: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """packed uint8 [M, K/2], block scales as bytes in ``layout``, decode scales [], [M] or [E].
+
+    ``gated``: x is [M, 2K] and silu(gate) * up is quantized. ``expert_offsets`` makes the scope the expert, whatever
+    ``granularity`` says.
+    """
+    scope = _SCOPES.index(granularity if expert_offsets is None else "expert")
+    out: tuple[Tensor, Tensor, Tensor] = _of(x).quantize(
+        x, amax, expert_offsets, gated, scope, *_taken_apart(recipe), _LAYOUTS.index(layout)
+    )
+    return out
+
+
+def quantize_values(x: Tensor, recipe: Recipe, amax: Tensor | None, gated: bool) -> tuple[Tensor, Tensor]:
+    """e2m1 * block_scale [M, K] in the dtype of x, and token_scale [M]; ``amax`` None, [] for all rows, or [M]."""
+    out: tuple[Tensor, Tensor] = _of(x).quantize_values(
+        x, amax, None, gated, _SCOPES.index("token"), *_taken_apart(recipe)
+    )
+    return out
+
+
+def dequantize(packed: Tensor, block_scale: Tensor, decode_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[..., M, K] from block scales as bytes and a decode scale per row, or none for e2m1 * block_scale."""
+    out: Tensor = _of(packed).dequantize(packed, block_scale, decode_scale, dtype)
+    return out
+
+
+def linear(
+    x: Tensor,
+    codes: Tensor,
+    block_scale: Tensor,
+    decode_scale: Tensor,
+    token_scale: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """y [M, N] on the CPU, from weights in strips (:func:`fouroversix_plugin.kernels.cpu.to_strips`)."""
+    fp32_bias = None if bias is None else bias.float()
+    out: Tensor = torch.ops.fouroversix_cpu.linear(x, codes, block_scale, decode_scale, token_scale, fp32_bias, dtype)
+    return out
+
+
+def _of(tensor: Tensor) -> Any:
+    return torch.ops.fouroversix_cpu if tensor.device.type == "cpu" else torch.ops.fouroversix_cuda
+
+
+def _taken_apart(recipe: Recipe) -> tuple[int, int, bool, float]:
+    """As csrc/nvfp4.cuh numbers them."""
+    return _METRICS.index(recipe.metric), _DOMAINS.index(recipe.error), recipe.adaptive, recipe.encoded_amax

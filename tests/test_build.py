@@ -1,0 +1,163 @@
+"""Compiling on first use: one build for many processes, whole or not at all, and a reason where there is none."""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, assert_same_bytes, mixed_magnitudes
+
+import fouroversix_plugin as fos
+from fouroversix_plugin import reference
+from fouroversix_plugin.kernels import build
+
+# A process of its own: what is loaded stays loaded.
+QUANTIZE = """
+import logging
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+import torch
+import fouroversix_plugin as fos
+x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+print(fos.quantize(x).packed.sum().item(), fos.quantize(x, backend="reference").packed.sum().item())
+"""
+
+
+def start(script: str, cache: Path, **environment: str) -> subprocess.Popen[str]:
+    variables = {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT), **environment}
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, "-c", script], env=variables, stdout=pipe, stderr=pipe, text=True)
+
+
+def libraries(cache: Path) -> list[str]:
+    return [path.name for path in sorted((cache / "fouroversix" / "kernels").iterdir()) if path.suffix != ".lock"]
+
+
+def test_processes_that_start_at_once_build_more_than_once_or_differ(tmp_path: Path) -> None:
+    done = [process.communicate(timeout=300) for process in [start(QUANTIZE, tmp_path) for _ in range(3)]]
+    assert len({out for out, _ in done}) == 1
+    assert len(set(done[0][0].split())) == 1, "other bytes than the reference"
+    said = [line for _, err in done for line in err.splitlines()]
+    assert sum("compiling the cpu kernels, once for this machine" in line for line in said) == 1, said
+    (library,) = libraries(tmp_path)
+    assert library.startswith("cpu-")
+    assert library.endswith(".so")
+    out, err = start(QUANTIZE, tmp_path).communicate(timeout=60)
+    assert "compiling" not in err, "a second run compiled again"
+    assert out == done[0][0]
+
+
+@pytest.mark.parametrize("path", ["", "/nonexistent"], ids=["empty-path", "no-compiler"])
+def test_a_missing_compiler_is_silent_or_changes_bytes(tmp_path: Path, path: str) -> None:
+    out, err = start(QUANTIZE, tmp_path, PATH=path).communicate(timeout=60)
+    assert len(set(out.split())) == 1
+    assert err.count("no compiled cpu kernels, the same bytes come slower: no C++ compiler on the PATH") == 1, err
+
+
+def test_a_compiler_that_fails_is_silent_or_leaves_something_behind(tmp_path: Path) -> None:
+    compiler = tmp_path / "bin" / "g++"
+    compiler.parent.mkdir()
+    compiler.write_text("#!/bin/sh\necho 'cpu.cpp:1: error: no such language' >&2\nexit 3\n")
+    compiler.chmod(0o755)
+    out, err = start(QUANTIZE, tmp_path, PATH=f"{compiler.parent}:/usr/bin:/bin").communicate(timeout=60)
+    assert len(set(out.split())) == 1
+    assert "g++ failed with status 3: cpu.cpp:1: error: no such language" in err
+    assert libraries(tmp_path) == []
+
+
+def test_a_cache_that_cannot_be_written_stops_the_caller(tmp_path: Path) -> None:
+    (tmp_path / "fouroversix").write_text("a file where a directory should be")
+    out, err = start(QUANTIZE, tmp_path).communicate(timeout=60)
+    assert len(set(out.split())) == 1, err
+    assert "no compiled cpu kernels" in err
+
+
+def test_importing_compiles(tmp_path: Path) -> None:
+    script = "import fouroversix_plugin.kernels.ops, fouroversix_plugin as fos; print(fos.backends()['cpu'])"
+    out, err = start(script, tmp_path).communicate(timeout=60)
+    assert (out.strip(), err) == ("None", "")
+    assert not (tmp_path / "fouroversix").exists()
+
+
+def test_another_source_option_or_torch_keeps_the_old_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def path() -> Path:
+        return build._path("cpu", build._recipe("cpu"))
+
+    first = path()
+    assert path() == first
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "9.9.9")
+        assert path() != first
+    copy = tmp_path / "csrc"
+    copy.mkdir()
+    for source in build.csrc().iterdir():
+        (copy / source.name).write_bytes(source.read_bytes())
+    (copy / "cpu.cpp").write_text((copy / "cpu.cpp").read_text() + "\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "csrc", lambda: copy)
+        assert path() != first
+    recipe = build._recipe("cpu")
+    other = build._Recipe(recipe.compile, (*recipe.link, "-lm"))
+    assert build._path("cpu", other) != first
+
+
+def test_build_all_says_what_it_did(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    said: list[str] = []
+    found = build.build_all(said.append)
+    assert found["cpu"] is None
+    assert said[0].startswith("cpu: compiled into ")
+    if not torch.cuda.is_available():
+        assert found["cuda"] == build.reason("cuda")
+        assert said[1] == f"cuda: {found['cuda']}"
+    again: list[str] = []
+    build.build_all(again.append)
+    assert again[0].startswith("cpu: already at ")
+
+
+@pytest.mark.parametrize("value", ["relative/path", ""], ids=["relative", "empty"])
+def test_a_cache_home_that_the_standard_forbids_is_used(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", value)
+    assert build.cache_directory() == Path.home() / ".cache" / "fouroversix" / "kernels"
+
+
+def test_architecture_flags_miss_the_instructions_of_the_very_chip() -> None:
+    assert build.architecture_flags((9, 0)) == ("-gencode=arch=compute_90a,code=sm_90a",)
+    assert build.architecture_flags((10, 0)) == ("-gencode=arch=compute_100a,code=sm_100a",)
+    assert build.architecture_flags((8, 6)) == ("-gencode=arch=compute_86,code=sm_86",)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have one instruction set here")
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_an_instruction_set_gives_other_bytes(isa: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # A library that takes this one, forced by a header that knows no better; the other tests run the best one.
+    copy = tmp_path / "csrc"
+    copy.mkdir()
+    for source in build.csrc().iterdir():
+        (copy / source.name).write_bytes(source.read_bytes())
+    header = (copy / "cpu.h").read_text()
+    for better in ("avx512", "avx2"):
+        assert f"return {better}::kernels;" in header
+        header = header.replace(f"return {better}::kernels;", f"return {isa}::kernels;")
+    (copy / "cpu.h").write_text(header)
+    monkeypatch.setattr(build, "csrc", lambda: copy)
+    build._recipe.cache_clear()
+    try:
+        recipe = build._cpu_recipe()
+    finally:
+        build._recipe.cache_clear()
+    commands = [
+        tuple(word.replace("fouroversix_cpu", f"fouroversix_{isa}") for word in command) for command in recipe.compile
+    ]
+    directory = tmp_path / "build"
+    directory.mkdir()
+    torch.ops.load_library(build._compile(build._Recipe(tuple(commands), recipe.link), directory))
+    x = mixed_magnitudes(65, 1040, seed=0)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        expected = reference.quantize(x.to(dtype), fos.Recipe(), "token")
+        packed, scale, decode = getattr(torch.ops, f"fouroversix_{isa}").quantize(
+            x.to(dtype), None, None, False, 1, 0, 0, True, 1536.0, 0
+        )
+        assert_same_bytes(fos.NVFP4Tensor(packed, scale.view(torch.float8_e4m3fn), decode), expected)

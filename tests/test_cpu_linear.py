@@ -1,0 +1,205 @@
+"""Products of packed weights on the CPU: every product exact, the sum in fp32, on whatever processor."""
+
+import ctypes
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import assert_same_tensor
+from torch import Tensor
+
+import fouroversix_plugin as fos
+from fouroversix_plugin import reference
+from fouroversix_plugin.kernels import build, cpu, native
+from fouroversix_plugin.nvfp4 import NVFP4Tensor
+
+pytestmark = pytest.mark.skipif(build.load("cpu") is not None, reason=str(build.reason("cpu")))
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Rows that fill strips and that do not; blocks in pairs and not; more columns than a panel of tiles holds.
+SHAPES = [(16, 16), (48, 576), (129, 48), (300, 4112), (17, 14336)]
+# Alone, in every width of a unit, and as tiles (from 8 on), whole and not.
+TOKENS = [0, 1, 2, 3, 5, 7, 8, 15, 16, 17, 33, 130]
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def multiply(
+    x: Tensor,
+    q: NVFP4Tensor,
+    token_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    strips = cpu.to_strips(q.packed, q.block_scale.view(torch.uint8))
+    return native.linear(x, *strips, q.row_decode_scale.contiguous(), token_scale, bias, dtype)
+
+
+def exact(x: Tensor, q: NVFP4Tensor) -> tuple[Tensor, Tensor]:
+    """x W^T and |x| |W|^T in fp64."""
+    weight = reference.dequantize(q).double()
+    return x.double() @ weight.T, x.double().abs() @ weight.abs().T
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_sum_is_off_by_more_than_fp32_rounding(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    q = fos.quantize(randn(*shape, seed=1))
+    longest = torch.finfo(torch.float32).eps * (
+        shape[1] / 8 + 16
+    )  # of a chain of additions: two a block, 16 within one
+    for tokens in TOKENS:
+        x, token_scale = randn(tokens, shape[1], seed=tokens).to(dtype), torch.rand(tokens) + 0.5
+        y = multiply(x, q, token_scale)
+        expected, magnitude = exact(x, q)
+        error = (y.double() - expected * token_scale.double()[:, None]).abs()
+        assert bool((error <= longest * magnitude * token_scale.double()[:, None] + 1e-30).all()), (tokens, error.max())
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 8, 40])
+def test_whole_numbers_do_not_come_out_whole(tokens: int) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    # Codes and scales whose products are whole, summed below 2^24: fp32 makes no error at all.
+    packed = torch.randint(256, (50, 48), generator=generator, dtype=torch.uint8)
+    scales = torch.tensor([2.0, 4.0, 8.0])[torch.randint(3, (50, 6), generator=generator)].to(torch.float8_e4m3fn)
+    q = NVFP4Tensor(packed, scales, torch.tensor(1.0))
+    x = torch.randint(-64, 64, (tokens, 96), generator=generator)
+    for dtype in DTYPES:
+        y = multiply(x.to(dtype), q)
+        assert_same_tensor(str(dtype), y, exact(x, q)[0].float())
+
+
+def test_scales_of_other_rows_and_the_smallest_ones_are_lost() -> None:
+    # Twelve orders of magnitude between rows, and block scales down to the smallest subnormal, which Marlin flushes.
+    q = fos.quantize(randn(64, 64, seed=2))
+    scales = torch.arange(1, 127, dtype=torch.uint8).repeat(3)[:256].view(64, 4).view(torch.float8_e4m3fn)
+    q = NVFP4Tensor(q.packed, scales, torch.logspace(-9, 3, 64))
+    for tokens in (1, 20):
+        x = randn(tokens, 64, seed=3).bfloat16()
+        y, (expected, magnitude) = multiply(x, q), exact(x, q)
+        assert bool(((y.double() - expected).abs() <= 3e-6 * magnitude).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [3, 24])
+def test_the_result_is_rounded_more_than_once(dtype: torch.dtype, tokens: int) -> None:
+    q, x, bias = fos.quantize(randn(40, 128, seed=4)), randn(tokens, 128, seed=5).bfloat16(), randn(40, seed=6)
+    token_scale = torch.rand(tokens)
+    in_fp32 = multiply(x, q, token_scale, bias)
+    assert_same_tensor("y", multiply(x, q, token_scale, bias, dtype), in_fp32.to(dtype))
+    assert_same_tensor("bias", in_fp32, multiply(x, q, token_scale) + bias)
+    one = NVFP4Tensor(q.packed, q.block_scale, torch.ones(40))
+    scaled = (multiply(x, one) * token_scale[:, None]) * q.decode_scale
+    assert_same_tensor("scales", multiply(x, q, token_scale), scaled)
+
+
+def test_overflow_and_nan_do_not_reach_the_result() -> None:
+    q = fos.quantize(randn(20, 64, seed=7))
+    for tokens in (2, 20):
+        x = randn(tokens, 64, seed=8).bfloat16()
+        x[1, 5] = torch.nan
+        y = multiply(x, q)
+        assert bool(y[1].isnan().all())
+        assert bool(y[0].isfinite().all()), "another token is not touched"
+        huge = NVFP4Tensor(q.packed, q.block_scale, torch.tensor(1e6))
+        assert bool(multiply(x[:1], huge, dtype=torch.float16).isinf().any())
+    broken = q.block_scale.view(torch.uint8).clone()
+    broken[3, 2], broken[4, 1] = 0x7F, 0xFF
+    q = NVFP4Tensor(q.packed, broken.view(torch.float8_e4m3fn), q.decode_scale)
+    for tokens in (2, 20):
+        rows = multiply(randn(tokens, 64, seed=9).bfloat16(), q).isnan().any(dim=0).nonzero().flatten()
+        assert rows.tolist() == [3, 4]
+    negative = NVFP4Tensor(q.packed, (q.block_scale.view(torch.uint8) | 0x80).view(torch.float8_e4m3fn), q.decode_scale)
+    x = randn(2, 64, seed=9).bfloat16()
+    assert_same_tensor("sign", multiply(x, negative)[:, 5:], -multiply(x, q)[:, 5:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_depends_on_its_neighbours(dtype: torch.dtype) -> None:
+    q, x = fos.quantize(randn(100, 576, seed=10)), randn(40, 576, seed=11).to(dtype)
+    alone = torch.cat([multiply(x[i : i + 1], q) for i in range(7)])
+    for tokens in range(2, 8):
+        assert_same_tensor(f"{tokens} tokens", multiply(x[:tokens], q), alone[:tokens])
+    many = multiply(x, q)
+    for tokens in (8, 17, 32):
+        assert_same_tensor(f"{tokens} tokens", multiply(x[:tokens], q), many[:tokens])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert_same_tensor("one thread", multiply(x, q), many)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_view_is_read_as_if_it_were_whole() -> None:
+    q = fos.quantize(randn(32, 64, seed=12))
+    wide = randn(20, 128, seed=13).bfloat16()
+    for x in (wide[:, :64], wide[:, ::2], wide[3:, 64:], wide.t()[:64].t()):
+        assert_same_tensor("y", multiply(x, q), multiply(x.contiguous(), q))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 48)}, "codes and block_scale: got"),
+        ({"x": torch.zeros(2, 40)}, "K a positive multiple of 16"),
+        ({"x": torch.zeros(2, 64, dtype=torch.float64)}, "needed bfloat16, float16 or float32"),
+        ({"decode_scale": torch.ones(64)}, "codes and block_scale: got"),
+        ({"decode_scale": torch.ones(32, dtype=torch.float64)}, "decode_scale: got dtype"),
+        ({"token_scale": torch.ones(3)}, "token_scale: got 3, needed 2"),
+        ({"bias": torch.ones(31)}, "bias: got 31, needed 32"),
+    ],
+    ids=str,
+)
+def test_memory_is_read_past_its_end(change: dict[str, Any], message: str) -> None:
+    q = fos.quantize(randn(32, 64))
+    codes, scales = cpu.to_strips(q.packed, q.block_scale.view(torch.uint8))
+    arguments = {"x": torch.zeros(2, 64), "codes": codes, "block_scale": scales, "decode_scale": torch.ones(32)}
+    arguments |= {"token_scale": None, "bias": None, "dtype": torch.float32}
+    with pytest.raises(RuntimeError, match=message):
+        native.linear(**{**arguments, **change})
+
+
+# --- instruction sets this processor would not choose ---
+
+SHIM = """
+#include "cpu.h"
+extern "C" void run(const float* x, long tokens, long columns, long outputs, const unsigned char* codes,
+                    const unsigned char* scales, const float* decode, float* out) {
+  fos::Linear l = {};
+  l.x = x, l.x_dtype = l.out_dtype = fos::Dtype::fp32;
+  l.tokens = tokens, l.columns = columns, l.outputs = outputs;
+  l.codes = codes, l.block_scale = scales, l.decode_scale = decode, l.out = out;
+  fos::FOS_ISA::linear_strips(l, x, 0, (outputs + 15) / 16);
+}
+"""
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_a_smaller_processor_computes_something_else(isa: str, tmp_path: Path) -> None:
+    """The kernels of an instruction set that this processor has as well, but would not choose."""
+    commands = [command for command in build._recipe("cpu").compile if "cpu_linear.cpp" in command[-1]]
+    command = next((command for command in commands if f"-DFOS_ISA={isa}" in command), None)
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    if command is None or (isa == "avx2" and not (" avx2 " in flags and " fma " in flags)):
+        pytest.skip(f"{isa} is not for this processor")
+    shim = tmp_path / "shim.cpp"
+    shim.write_text(SHIM)
+    library = tmp_path / "linear.so"
+    options = [option for option in command[1:-2] if option != "-c"]
+    sources = [command[-1], str(shim), f"-I{build.csrc()}"]
+    subprocess.run([command[0], *options, "-shared", *sources, "-o", str(library)], check=True, timeout=120)
+    run = ctypes.CDLL(str(library)).run
+    q = fos.quantize(randn(50, 112, seed=14))
+    codes, scales = cpu.to_strips(q.packed, q.block_scale.view(torch.uint8))
+    decode = q.row_decode_scale.contiguous()
+    for tokens in (1, 2, 3, 4, 5, 6, 7, 9):
+        x, y = randn(tokens, 112, seed=tokens).bfloat16().float(), torch.full((tokens, 50), torch.nan)
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (codes, scales, decode, y)]
+        run(ctypes.c_void_p(x.data_ptr()), *map(ctypes.c_long, (tokens, 112, 50)), *pointers)
+        expected, magnitude = exact(x, q)
+        assert bool(((y.double() - expected).abs() <= 4e-6 * magnitude).all()), tokens

@@ -1,0 +1,127 @@
+"""On a GPU: many values, and the operators captured and compiled (run by hand, not in CI; see also test_kernels.py)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import RECIPES, assert_same_tensor, mixed_magnitudes
+from torch import Tensor
+
+import fouroversix_plugin as fos
+from fouroversix_plugin.kernels import build, cpu, cuda, reference_operators
+from fouroversix_plugin.recipe import Recipe
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+]
+
+VALUES = 100_000_000
+ROWS, COLUMNS = 2048, 4096
+OFFSETS = torch.tensor([0, 5, 5, 20, 33], dtype=torch.int32)
+
+
+@pytest.fixture(autouse=True)
+def compiled() -> None:
+    assert build.load("cuda") is None
+
+
+def random_values(index: int) -> Tensor:
+    """Normal values, normal ones with a magnitude for each block, or bit patterns of any finite number."""
+    generator = torch.Generator("cuda").manual_seed(index)
+    x = torch.randn(ROWS, COLUMNS, device="cuda", generator=generator)
+    if index % 3 == 1:
+        exponents = torch.randint(-20, 21, (ROWS, COLUMNS // 16), device="cuda", generator=generator)
+        x *= torch.exp2(exponents.float()).repeat_interleave(16, dim=1)
+    if index % 3 == 2:
+        bits = torch.randint(-(1 << 31), 1 << 31, x.shape, device="cuda", generator=generator).int()
+        x = bits.view(torch.float32).nan_to_num(1.0, 1.0, 1.0)
+    return x.to((torch.bfloat16, torch.float16, torch.float32)[index // 3 % 3]).nan_to_num(1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.key)
+def test_one_of_a_hundred_million_values_is_rounded_otherwise(recipe: Recipe) -> None:
+    for index in range(-(-VALUES // (ROWS * COLUMNS))):
+        x = random_values(index)
+        granularity: Any = "token" if index % 2 else "tensor"
+        actual = cuda.quantize(x, recipe, granularity, None, "row_major", False, None)
+        expected = reference_operators.quantize(x, recipe, granularity, None, "row_major", False, None)
+        on_cpu = cpu.quantize(x.cpu(), recipe, granularity)
+        for a, e, c in zip(actual, expected, on_cpu, strict=True):
+            assert_same_tensor(f"{index}: cuda and reference", a, e)
+            assert_same_tensor(f"{index}: cuda and cpu", a.cpu(), c)
+
+
+def calls() -> list[Any]:
+    ops, key = torch.ops.fouroversix, Recipe().key
+    offsets = OFFSETS.cuda() if torch.cuda.is_available() else OFFSETS
+    return [
+        pytest.param(lambda x: ops.quantize(x, None, "tensor", key), id="quantize-tensor"),
+        pytest.param(lambda x: ops.quantize(x, None, "token", key), id="quantize-token"),
+        pytest.param(lambda x: ops.quantize_values(x, None, key), id="quantize_values"),
+        pytest.param(lambda x: ops.quantize_to_layout(x, None, "token", key, "128x4"), id="quantize_to_layout"),
+        pytest.param(lambda x: ops.quantize_experts(x, offsets, None, key, "8x4"), id="quantize_experts"),
+        pytest.param(lambda x: ops.silu_and_mul_quantize(x, None, "token", key, "row_major"), id="silu_and_mul"),
+        pytest.param(lambda x: ops.silu_and_mul_quantize_values(x, None, key), id="silu_and_mul_values"),
+        pytest.param(lambda x: dequantized(fos.quantize(x, granularity="token")), id="public"),
+    ]
+
+
+def dequantized(q: fos.NVFP4Tensor) -> tuple[Tensor, ...]:
+    return q.packed, fos.dequantize(q, torch.bfloat16)
+
+
+@pytest.mark.parametrize("call", calls())
+def test_graph_replay_or_compilation_changes_a_byte(call: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+    first, second = (mixed_magnitudes(33, 576, seed=seed, spread=2).bfloat16().cuda() for seed in (0, 1))
+    x = first.clone()
+    call(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call(x)
+    for values in (second, first):
+        x.copy_(values)
+        graph.replay()
+        for actual, expected in zip(captured, call(values), strict=True):
+            assert_same_tensor("replayed", actual, expected)
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, dynamic=False)
+    for actual, expected in zip(compiled(second), call(second), strict=True):
+        assert_same_tensor("compiled", actual, expected)
+
+
+def test_a_call_waits_for_the_gpu() -> None:
+    x = torch.randn(64, 4096, device="cuda", dtype=torch.bfloat16)
+    offsets = torch.tensor([0, 10, 64], device="cuda", dtype=torch.int32)
+    cuda.quantize(x, Recipe(), "tensor", None, "8x4", False, offsets)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for granularity in ("tensor", "token"):
+            cuda.quantize(x, Recipe(), granularity, None, "128x4", False, None)
+        cuda.quantize(x, Recipe(), "tensor", None, "8x4", False, offsets)
+        cuda.quantize_values(x, Recipe(), None, False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_another_stream_or_device_index_is_ignored() -> None:
+    x = mixed_magnitudes(512, 4096, seed=2, spread=2).cuda()
+    expected = cuda.quantize(x, Recipe(), "tensor", None, "row_major", False, None)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # a kernel on the default stream would run before the input below is there
+        y = torch.zeros_like(x).copy_(x)
+        actual = cuda.quantize(y, Recipe(), "tensor", None, "row_major", False, None)
+    stream.synchronize()
+    for a, e in zip(actual, expected, strict=True):
+        assert_same_tensor("other stream", a, e)
+
+
+def test_the_choice_of_backends_names_the_kernels() -> None:
+    assert fos.backends()["cuda"] is None
+    x = torch.randn(4, 64, device="cuda")
+    q = fos.quantize(x, backend="cuda")
+    assert q.packed.is_cuda
+    with pytest.raises(ValueError, match=r"backend 'cuda' cannot do quantize .* on cpu: tensors are on cpu"):
+        fos.quantize(x.cpu(), backend="cuda")
