@@ -155,10 +155,43 @@ FOS_FN void finish_rows(const Linear& l, int64_t token, int64_t row, const float
   }
 }
 
+#if defined(__AVX512F__)
+
+// finish_rows for all 16 at once, which the compiler does not find.
+template <Dtype dtype>
+FOS_FN void finish_strip(const Linear& l, int64_t token, int64_t row, const float* sums) {
+  const float token_scale = l.token_scale == nullptr ? 1.0f : l.token_scale[token];
+  __m512 y = _mm512_mul_ps(_mm512_load_ps(sums), _mm512_set1_ps(token_scale));
+  y = _mm512_mul_ps(y, _mm512_loadu_ps(l.decode_scale + row));
+  if (l.bias != nullptr) y = _mm512_add_ps(y, _mm512_loadu_ps(l.bias + row));
+  const int64_t at = token * l.outputs + row;
+  if (dtype == Dtype::fp32) return _mm512_storeu_ps(static_cast<float*>(l.out) + at, y);
+  __m256i halves;
+  if (dtype == Dtype::fp16) {
+    halves = _mm512_cvtps_ph(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  } else {
+    const __m512i u = _mm512_castps_si512(y), top = _mm512_srli_epi32(u, 16);
+    const __m512i odd = _mm512_and_si512(top, _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7FFF)), odd), 16);
+    const __m512i nan = _mm512_or_si512(top, _mm512_set1_epi32(0x40));
+    halves = _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(_mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q), rounded, nan));
+  }
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(l.out) + at), halves);
+}
+
+#else
+
+template <Dtype dtype>
+FOS_FN void finish_strip(const Linear& l, int64_t token, int64_t row, const float* sums) {
+  finish_rows<dtype>(l, token, row, sums, kBlock);
+}
+
+#endif
+
 template <Dtype dtype>
 FOS_FN void finish_as(const Linear& l, int64_t token, int64_t row, const float* sums) {
   if (l.outputs - row >= kBlock) {
-    finish_rows<dtype>(l, token, row, sums, kBlock);  // a number the compiler knows: no loop remains
+    finish_strip<dtype>(l, token, row, sums);
   } else {
     finish_rows<dtype>(l, token, row, sums, static_cast<int>(l.outputs - row));
   }
