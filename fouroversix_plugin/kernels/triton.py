@@ -115,7 +115,7 @@ def dequantize(packed: Tensor, block_scale: Tensor, decode_scale: Tensor, dtype:
         with _device_of(packed):
             ROWS = _rows_a_program(columns, kernels)
             kernels.dequantize_rows[(-(-rows // ROWS),)](
-                packed.contiguous(),
+                _readable(packed),
                 block_scale.contiguous(),
                 decode_scale.contiguous(),
                 _as_stored(out),
@@ -152,7 +152,7 @@ def _run(
         _check_number("amax", amax, {"tensor": 1, "token": 1 if shared else rows, "expert": experts}[scope])
         amax = amax.contiguous()
     offsets = None if expert_offsets is None else expert_offsets.contiguous()
-    x = _as_stored(x.contiguous())
+    x = _as_stored(_readable(x))
     ROWS = _rows_a_program(columns, kernels)
     programs = -(-rows // ROWS)
     shapes = {
@@ -199,6 +199,13 @@ def _kernels() -> ModuleType:
 def _options(kernels: ModuleType) -> dict[str, Any]:
     """Launch options: no product is fused with a sum, which would round once instead of twice."""
     return {"num_warps": kernels.WARPS, "enable_fp_fusion": False}
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """Contiguous, and aligned for pieces of 16 bytes: a view may begin anywhere, and Triton would then read less at a
+    time, with a block in several threads."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def _as_stored(tensor: Tensor) -> Tensor:

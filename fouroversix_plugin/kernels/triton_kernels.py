@@ -11,8 +11,8 @@ What would change a byte, and what is done about it:
   added in the order of the columns (:func:`_sum_in_order`).
 - A cast to E4M3 is a different instruction, or none, on different chips. Numbers are rounded by adding and subtracting
   a power of two (:func:`_round_to_mantissa`), and their bytes are put together as integers.
-- A maximum of floats drops NaN. Magnitudes are compared as the integers that hold them, in whose order infinity comes
-  after every number and NaN after infinity.
+- A maximum of floats drops NaN or keeps it, as the chip likes. Magnitudes are compared as the integers that hold them,
+  in whose order infinity comes after every number and NaN after infinity; elsewhere, what NaN becomes is overwritten.
 - Every library's exponential is another. :func:`_exp` has the reference's operations.
 - A conversion to or from bf16 is another instruction, or code of Triton's interpreter. bf16 travels as int16, and is
   widened and rounded as integers.
@@ -140,12 +140,6 @@ def _float(bits):
 
 
 @triton.jit
-def _smaller(a, b):
-    """The smaller one; b where either is NaN, on every device."""
-    return tl.where(a < b, a, b)
-
-
-@triton.jit
 def _is_finite(x):
     return (_bits(x) & _EXPONENT) != _EXPONENT
 
@@ -157,18 +151,18 @@ def _round_to_mantissa(a, MANTISSA: tl.constexpr, SMALLEST: tl.constexpr):
     In fp32 the numbers from 2^(23 - MANTISSA) times the power of two below a are that far apart: adding it is the
     hardware's own rounding, and subtracting it is exact.
     """
-    magic = _float((_bits(tl.where(a > SMALLEST, a, SMALLEST)) & _EXPONENT) + ((23 - MANTISSA) << 23))
+    magic = _float((_bits(tl.maximum(a, SMALLEST)) & _EXPONENT) + ((23 - MANTISSA) << 23))
     return (a + magic) - magic
 
 
 @triton.jit
 def _round_e2m1(a):
-    return _round_to_mantissa(_smaller(a, _E2M1_MAX), 1, 1.0)
+    return _round_to_mantissa(tl.minimum(a, _E2M1_MAX), 1, 1.0)
 
 
 @triton.jit
 def _round_e4m3(b):
-    return _round_to_mantissa(_smaller(b, _E4M3_MAX), 3, 0.015625)
+    return _round_to_mantissa(tl.minimum(b, _E4M3_MAX), 3, 0.015625)
 
 
 @triton.jit
@@ -309,7 +303,7 @@ def _global_scales(amax, ENCODED_AMAX: tl.constexpr):
     """(amax or 0, encode scale, decode scale, whether the amax is finite)."""
     finite = _is_finite(amax)
     amax = tl.where(finite, amax, 0.0)
-    encode = _smaller(tl.math.div_rn(tl.full(amax.shape, ENCODED_AMAX, tl.float32), amax), _FLT_MAX)
+    encode = tl.minimum(tl.math.div_rn(tl.full(amax.shape, ENCODED_AMAX, tl.float32), amax), _FLT_MAX)
     encode = tl.where((amax == 0.0) | (encode == 0.0), 1.0, encode)
     return amax, encode, tl.math.div_rn(tl.full(amax.shape, 1.0, tl.float32), encode), finite
 
@@ -339,8 +333,8 @@ def _scale_offset(row, block, blocks, LAYOUT: tl.constexpr):
 def _candidate(a, b, decode):
     """The E4M3 block scale [B] nearest to b, and the e2m1 magnitudes [B, 16] of a under it."""
     sf = _round_e4m3(b)
-    inverse = _smaller(tl.math.div_rn(tl.full(sf.shape, 1.0, tl.float32), sf * decode), _FLT_MAX)
-    inverse = tl.where(sf == 0.0, _FLT_MAX, inverse)
+    # For a block scale of 0 too: 1 / 0 is infinite.
+    inverse = tl.minimum(tl.math.div_rn(tl.full(sf.shape, 1.0, tl.float32), sf * decode), _FLT_MAX)
     return sf, _round_e2m1(a * inverse[:, None])
 
 
