@@ -28,14 +28,16 @@ from test_kernels import (
     by_some,
     check,
     hard_rows,
+    implementation,
     no_cuda,
 )
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fouroversix_plugin import kernels as kernel_package
 from fouroversix_plugin import reference
-from fouroversix_plugin.kernels import reference_operators, triton, triton_kernels
+from fouroversix_plugin.kernels import build, cuda, native, reference_operators, triton, triton_kernels
 from fouroversix_plugin.recipe import Recipe
 
 
@@ -84,8 +86,7 @@ def interpreted() -> Iterator[Interpreted]:
 )
 def kernels(request: pytest.FixtureRequest) -> Implementation:
     if request.param == "cuda":
-        assert triton.reason() is None
-        return Implementation(triton, "cuda")
+        return implementation("triton")
     return Implementation(request.getfixturevalue("interpreted"), "cpu")
 
 
@@ -338,6 +339,36 @@ def test_machine_code_spills_fuses_flushes_or_moves_a_block_between_threads(
 
 
 # --- where it runs ---
+
+
+def test_cuda_tensors_have_other_kernels_where_these_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    for reason, needed in ((None, triton), ("no Triton", reference_operators)):
+        monkeypatch.setattr(build, "load", lambda name: "no nvcc")
+        monkeypatch.setattr(triton, "reason", lambda reason=reason: reason)
+        assert cuda._operators() is needed
+    monkeypatch.setattr(build, "load", lambda name: None)
+    assert cuda._operators() is native
+
+
+def test_the_named_backend_is_not_what_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Without a GPU only traced: one graph, of this backend's operators.
+    monkeypatch.setattr(triton, "reason", lambda: None)
+    backend = kernel_package.select("quantize", "", (2, 16), torch.device("cuda"), "triton")
+    called = []
+
+    def look(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        called.extend(str(node.target) for node in graph.graph.nodes if "fouroversix" in str(node.target))
+        return lambda *inputs: (torch.zeros(2, 16),)
+
+    def run(x: Tensor) -> Tensor:
+        q = backend.quantize(x, Recipe(), "token")
+        return backend.linear(backend.dequantize(q), q, Recipe(), None)
+
+    torch._dynamo.reset()
+    torch.compile(run, fullgraph=True, backend=look)(torch.ones(2, 16))
+    torch._dynamo.reset()
+    names = ("fouroversix_triton.quantize", "fouroversix_triton.dequantize", "fouroversix_triton.quantize_values")
+    assert called == [*names, "fouroversix.linear"]
 
 
 @pytest.mark.parametrize(
