@@ -281,7 +281,7 @@ def machine_code(kernel: Any, capability: int, **given: Any) -> Any:
     hints: dict[tuple[int], list[list[object]]] = {}
     for index, name in enumerate(kernel.arg_names):
         value = given.get(name)
-        if name in ("rows", "columns", "experts"):
+        if name in ("rows", "columns", "experts", "candidates"):
             types[name] = "i32"
         elif isinstance(value, str) and value.startswith("*"):
             types[name] = value
@@ -307,6 +307,11 @@ KERNELS = {
     "gated-experts": (
         triton_kernels.quantize_rows,
         {**PACKED, **EXPERTS, "x": "*fp16", "GATED": True, "ROWS": 16, "EXPERTS_AT_ONCE": 256},
+    ),
+    "gated-few-columns": (triton_kernels.quantize_rows, {**PACKED, "x": "*i16", "GATED": True, "ROWS": 4}),
+    "tensor": (
+        triton_kernels.quantize_rows,
+        {**PACKED, "x": "*i16", "amax": "*fp32", "SCOPE": "tensor", "ROWS": 2, "LAYOUT": "8x4", "TILE_ROWS": 8},
     ),
     "amax": (triton_kernels.find_largest, {**PLAIN, "x": "*i16", "amax": "*i32"}),
     "dequantize": (

@@ -179,6 +179,7 @@ def _run(
             rows,
             columns,
             experts,
+            2,
             SCOPE=scope,
             SHARED_AMAX=shared,
             LAYOUT=layout,

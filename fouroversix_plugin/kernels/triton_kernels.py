@@ -1,7 +1,8 @@
 """The quantizer as Triton kernels: what runs on the device. :mod:`fouroversix_plugin.kernels.triton` launches it.
 
-Semantics: reference.py, operation by operation, byte for byte, without the shortcuts of csrc/quantize.cu: this is the
-backend for chips and machines that the compiled kernels do not reach, and has to be right on all of them.
+Semantics: reference.py, byte for byte, and operation by operation wherever one could change a byte. As in
+csrc/quantize.cu, the choice between 4 and 6 mostly needs less than the specification's errors (:func:`_filter`); the
+rest of its shortcuts, which are instructions of certain chips, have no place here.
 
 What would change a byte, and what is done about it:
 
@@ -246,10 +247,10 @@ def _silu_and_mul(gate, up):
 def _input(x, row, block, columns, mask, WIDTH: tl.constexpr, GATED: tl.constexpr):
     """fp32 [B, 16]: blocks of x, or of silu(gate) * up rounded to the type of x."""
     if GATED:
-        at = row * (2 * columns) + block * _BLOCK
+        at = row.to(tl.int64) * (2 * columns) + block * _BLOCK
         gate, up = _load(x, at, mask, WIDTH), _load(x, at + columns, mask, WIDTH)
         return _widen(_narrow(_silu_and_mul(_widen(gate), _widen(up)), x.dtype.element_ty))
-    return _widen(_load(x, row * columns + block * _BLOCK, mask, WIDTH))
+    return _widen(_load(x, row.to(tl.int64) * columns + block * _BLOCK, mask, WIDTH))
 
 
 @triton.jit
@@ -318,12 +319,12 @@ def _stored_decode_scale(amax, ENCODED_AMAX: tl.constexpr):
 def _scale_offset(row, block, blocks, LAYOUT: tl.constexpr):
     """Where the byte of a block scale lies; see :func:`fouroversix_plugin.nvfp4.scales_to_layout`."""
     if LAYOUT == "row_major":
-        return row * blocks + block
+        return row.to(tl.int64) * blocks + block
     tiles = (blocks + 3) // 4
     if LAYOUT == "128x4":
-        tile = (row // 128) * tiles + block // 4
+        tile = (row // 128).to(tl.int64) * tiles + block // 4
         return tile * 512 + (row % 32) * 16 + (row % 128) // 32 * 4 + block % 4
-    return ((row // 8) * tiles + block // 4) * 32 + (row % 8) * 4 + block % 4
+    return ((row // 8).to(tl.int64) * tiles + block // 4) * 32 + (row % 8) * 4 + block % 4
 
 
 # --- the choice ---
@@ -357,10 +358,46 @@ def _error(r, sf, a, amax, encode, decode, METRIC: tl.constexpr, DOMAIN: tl.cons
 
 
 @triton.jit
+def _filter(v, r6, sf6, r4, sf4, a, decode, METRIC: tl.constexpr):
+    """Whether 4 wins in blocks [B], and whether that is certain; ``decode`` is 0 for an amax of 0.
+
+    Errors only decide a comparison. Here they are computed in one domain for all three, without divisions, and added in
+    any order; where they differ by more than both these and the specification's can be off, the answer is the same.
+
+    How far off: let v, a block's largest magnitude, be in 2^-50 .. 2^50, so that nothing overflows and what is lost to
+    subnormal numbers does not count. A decoded value is at most 4/3 v. It has four roundings here and at most three in
+    the specification, each within 2^-24 of it, and the subtractions round within 2^-24 v: 12 * 2^-24 v in all, less
+    than delta = 2^-20 v. ("scaled" errors are these times the encode scale, a common factor.) For both candidates
+    together, with e their errors' sum:
+
+    - abs_max: 2 delta.
+    - mae: 2 * 16 delta, and 30 * 2^-24 e for the roundings of both sums.
+    - mse: |d'^2 - d^2| <= delta (2 |d| + delta), which sums up to 8 delta sqrt(e) + 16 delta^2 for a candidate, at most
+      2^-15 e + 2^-21 v^2; and 32 * 2^-24 e for roundings.
+
+    The margins below are a quarter or more above that. An amax of 0 makes both errors equal here, which is not certain.
+    """
+    d6 = tl.abs(r6 * (sf6 * decode)[:, None] - a)
+    d4 = tl.abs(r4 * (sf4 * decode)[:, None] - a)
+    if METRIC == "mse":
+        error6, error4 = tl.sum(d6 * d6, axis=1), tl.sum(d4 * d4, axis=1)
+        margin = (error6 + error4) * 6.103515625e-05 + (v * v) * 1.1920928955078125e-06  # 2^-14, 1.25 * 2^-20
+    elif METRIC == "mae":
+        error6, error4 = tl.sum(d6, axis=1), tl.sum(d4, axis=1)
+        margin = (error6 + error4) * 3.814697265625e-06 + v * 3.814697265625e-05  # 2^-18, 1.25 * 2^-15
+    else:
+        error6, error4 = tl.max(d6, axis=1), tl.max(d4, axis=1)
+        margin = v * 2.384185791015625e-06  # 1.25 * 2^-19
+    in_range = (v >= 8.881784197001252e-16) & (v <= 1125899906842624.0)  # 2^-50, 2^50
+    # Where both scales saturate the candidates are one, and 6 wins.
+    return error4 < error6, (in_range & (tl.abs(error4 - error6) > margin)) | (sf4 == sf6)
+
+
+@triton.jit
 def _quantize_blocks(
-    a, amax, METRIC: tl.constexpr, DOMAIN: tl.constexpr, ADAPTIVE: tl.constexpr, ENCODED_AMAX: tl.constexpr
+    a, amax, candidates, METRIC: tl.constexpr, DOMAIN: tl.constexpr, ADAPTIVE: tl.constexpr, ENCODED_AMAX: tl.constexpr
 ):
-    """What wins in blocks of magnitudes a [B, 16], scaled for ``amax`` [B].
+    """What wins in blocks of magnitudes a [B, 16], scaled for ``amax`` [B]; ``candidates`` is 2.
 
     Returns:
         (e2m1 magnitudes [B, 16], block scales [B], whether a block is finite [B], and whether it keeps its signs [B]).
@@ -371,9 +408,18 @@ def _quantize_blocks(
         b = tl.math.div_rn(v, tl.full(v.shape, _E2M1_MAX, tl.float32)) * encode
         sf, r = _candidate(a, b, decode)
         sf4, r4 = _candidate(a, b * 1.5, decode)
-        error6 = _error(r, sf, a, amax, encode, decode, METRIC, DOMAIN, ENCODED_AMAX)
-        error4 = _error(r4, sf4, a, amax, encode, decode, METRIC, DOMAIN, ENCODED_AMAX)
-        four = error4 < error6
+        four, decided = _filter(v, r, sf, r4, sf4, a, tl.where(amax == 0.0, 0.0, decode), METRIC)
+        # Where a block is open, the specification settles all of the program's: 6 first, then 4 against it. In a loop
+        # of a length that no compiler knows: unrolled, the divisions of both want more registers than there are.
+        is_open = ~decided & (v != 0.0) & row_is_finite & _is_finite(v)
+        other = tl.zeros_like(v)
+        for candidate in range(candidates * tl.max(is_open.to(tl.int32), axis=0)):
+            six = candidate == 0
+            error = _error(
+                tl.where(six, r, r4), tl.where(six, sf, sf4), a, amax, encode, decode, METRIC, DOMAIN, ENCODED_AMAX
+            )
+            four = error < other
+            other = error
         sf = tl.where(four, sf4, sf)
         r = tl.where(four[:, None], r4, r)
     else:
@@ -387,7 +433,7 @@ def _quantize_blocks(
 # --- kernels ---
 
 
-@triton.jit(do_not_specialize=["rows", "experts"])
+@triton.jit(do_not_specialize=["rows", "experts", "candidates"])
 def quantize_rows(
     x,
     amax,
@@ -399,6 +445,7 @@ def quantize_rows(
     rows,
     columns,
     experts,
+    candidates,
     SCOPE: tl.constexpr,
     SHARED_AMAX: tl.constexpr,
     GATED: tl.constexpr,
@@ -415,11 +462,11 @@ def quantize_rows(
     """``ROWS`` rows of x [rows, columns] a program, as ``packed`` with ``block_scale``, or as ``values``.
 
     ``amax`` is None to find each row's own (SCOPE "token" only), else fp32 [] ("tensor", or SHARED_AMAX), [rows] or
-    [experts]. Without rows, one program still writes the decode scales.
+    [experts]. Without rows, one program still writes the decode scales. ``candidates`` is 2.
     """
     PER_ROW: tl.constexpr = _TILE // ROWS
     program = tl.program_id(0)
-    row = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = program * ROWS + tl.arange(0, ROWS)
     scale_row = row
     if SCOPE == "expert":
         expert, scale_row = _find_expert(row, offsets, experts, TILE_ROWS, EXPERTS_AT_ONCE)
@@ -452,10 +499,10 @@ def quantize_rows(
         mask = (row_of_block < rows) & (block < blocks)
         u = _bits(_input(x, row_of_block, block, columns, mask, WIDTH, GATED))
         r, sf, whole, kept = _quantize_blocks(
-            _float(u & _MAGNITUDE), amax_of_block, METRIC, DOMAIN, ADAPTIVE, ENCODED_AMAX
+            _float(u & _MAGNITUDE), amax_of_block, candidates, METRIC, DOMAIN, ADAPTIVE, ENCODED_AMAX
         )
         sign = tl.where(kept[:, None], u & ~_MAGNITUDE, 0)
-        at = row_of_block * blocks + block
+        at = row_of_block.to(tl.int64) * blocks + block
         if values is not None:
             value = _float(_bits(r * sf[:, None]) | sign)
             value = tl.where(whole[:, None], value, float("nan"))
@@ -484,7 +531,7 @@ def find_largest(
     EXPERTS_AT_ONCE: tl.constexpr,
 ):
     """Bits of the largest magnitude into zeroed int32 ``amax``: of the tensor [1], or with offsets of experts [E]."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     largest = _row_amax(x, row, rows, columns, ROWS, WIDTH, GATED)
     if offsets is None:
         tl.atomic_max(amax, tl.max(largest, axis=0), sem="relaxed")
@@ -498,12 +545,12 @@ def dequantize_rows(packed, block_scale, decode_scale, out, rows, columns, ROWS:
     """``out`` [rows, columns] = (e2m1 * block_scale) * decode_scale [rows], ``ROWS`` rows a program."""
     PER_ROW: tl.constexpr = _TILE // ROWS
     blocks = columns // _BLOCK
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, _TILE) // PER_ROW
+    row = tl.program_id(0) * ROWS + tl.arange(0, _TILE) // PER_ROW
     decode = tl.load(decode_scale + row, row < rows, other=0.0)
     for first in range(0, blocks, PER_ROW):
         block = first + tl.arange(0, _TILE) % PER_ROW
         mask = (row < rows) & (block < blocks)
-        at = row * blocks + block
+        at = row.to(tl.int64) * blocks + block
         codes = tl.load(packed + at[:, None] * 8 + tl.arange(0, 8)[None, :], mask[:, None], other=0).to(tl.int32)
         codes = tl.reshape(tl.join(codes & 15, codes >> 4), (_TILE, _BLOCK))
         sf = _e4m3_value(tl.load(block_scale + at, mask, other=0).to(tl.int32))
