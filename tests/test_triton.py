@@ -68,7 +68,7 @@ class Interpreted:
         return result
 
     def close(self) -> None:
-        self._process.communicate(timeout=20)
+        self._process.communicate(timeout=20)  # the end of its input ends it
 
 
 @pytest.fixture(scope="module")
@@ -456,6 +456,48 @@ def test_the_reason_why_not_is_another(
         assert triton.reason() == needed
     finally:
         triton.reason.cache_clear()
+
+
+OFFSETS = torch.tensor([0, 5, 5, 20, 33], dtype=torch.int32)
+
+
+@pytest.mark.gpu
+@no_cuda
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("quantize", (None, "tensor", Recipe().key)),
+        ("quantize", (None, "token", Recipe().key)),
+        ("quantize_values", (None, Recipe().key)),
+        ("quantize_to_layout", (None, "token", Recipe().key, "128x4")),
+        ("quantize_experts", (OFFSETS, None, Recipe().key, "8x4")),
+        ("silu_and_mul_quantize", (None, "token", Recipe().key, "row_major")),
+    ],
+)
+def test_a_call_waits_for_the_gpu_or_capture_or_compilation_changes_a_byte(
+    name: str, arguments: tuple[Any, ...]
+) -> None:
+    arguments = tuple(a.cuda() if isinstance(a, Tensor) else a for a in arguments)
+    operator = getattr(torch.ops.fouroversix_triton, name)
+    needed = getattr(torch.ops.fouroversix, name)  # on the CPU
+    first, second = (mixed_magnitudes(33, 576, seed=seed, spread=2).bfloat16() for seed in (13, 14))
+    at_home = tuple(a.cpu() if isinstance(a, Tensor) else a for a in arguments)
+    x = first.cuda()
+    operator(x, *arguments)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        operator(x, *arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = operator(x, *arguments)
+    x.copy_(second)
+    graph.replay()
+    assert_same(tuple(part.cpu() for part in captured), needed(second, *at_home))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: operator(x, *arguments), fullgraph=True)
+    assert_same(tuple(part.cpu() for part in compiled(first.cuda())), needed(first, *at_home))
 
 
 @pytest.mark.parametrize("module", sorted(Path(triton.__file__).parent.glob("*.py")), ids=lambda path: path.stem)

@@ -7,6 +7,7 @@ rest of its shortcuts, which are instructions of certain chips, have no place he
 What would change a byte, and what is done about it:
 
 - A product and a sum become one operation, rounded once. Launches pass ``enable_fp_fusion=False``.
+- Subnormal numbers become 0. Triton flushes them only in operations that are not used here; a test reads the PTX.
 - ``/`` is a division that may be off in the last place. Every division here is ``div_rn``, the IEEE one.
 - A reduction adds in the order of a tree, another one for every layout. The 16 terms of an error are taken apart and
   added in the order of the columns (:func:`_sum_in_order`).
