@@ -189,7 +189,7 @@ def test_bytes_of_the_public_references(
 # --- shapes, layouts, experts ---
 
 
-@pytest.mark.parametrize("rows", [0, 1, 5])
+@pytest.mark.parametrize("rows", [0, 3])
 @pytest.mark.parametrize("columns", [16, 48, 4112])
 def test_some_shape_is_special(kernels: Implementation, rows: int, columns: int) -> None:
     x = mixed_magnitudes(rows, columns, seed=7, spread=2).bfloat16()
@@ -321,8 +321,10 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize("kind", KERNELS)
-@pytest.mark.parametrize("capability", [80, 90])
+# sm_90 has the larger code of the two, and is where registers are short: sm_80 gets one of each kind.
+@pytest.mark.parametrize(
+    ("capability", "kind"), [*((90, kind) for kind in KERNELS), (80, "bf16"), (80, "gated-experts"), (80, "dequantize")]
+)
 def test_machine_code_spills_fuses_flushes_or_moves_a_block_between_threads(
     capability: int, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
