@@ -487,8 +487,9 @@ def test_public_backends_and_their_reasons() -> None:
     [
         ("cpu", "tensors are on meta, not on the CPU"),
         ("cuda", "tensors are on meta, not on a CUDA device"),
+        ("triton", "tensors are on meta, not on a CUDA device"),
         ("flashinfer", "planned, not in this release"),
-        ("marlin", "no such backend; there are cpu, cuda, reference"),
+        ("marlin", "no such backend; there are cpu, cuda, triton, reference"),
         ("", "no such backend"),
     ],
 )
@@ -496,7 +497,7 @@ def test_a_named_backend_that_cannot_is_an_error_with_its_reason(backend: str, r
     needed = rf"backend '{backend}' cannot do linear W4A4 \(32, 64\) on meta: {reason}"
     with pytest.raises(ValueError, match=needed):
         kernels.select("linear", "W4A4", torch.Size((32, 64)), torch.device("meta"), backend)
-    if backend not in ("cpu", "cuda"):
+    if backend not in ("cpu", "cuda", "triton"):
         with pytest.raises(ValueError, match=rf"backend '{backend}' cannot do quantize \(1, 16\) on cpu: {reason}"):
             fos.quantize(torch.ones(1, 16), backend=backend)
 
@@ -529,7 +530,8 @@ def test_each_choice_is_logged_once_with_the_reasons_of_those_passed_over(log: p
     assert log.messages == [
         "fouroversix: quantize on cpu by the cpu backend",
         "fouroversix: linear W4A4 on meta by the reference backend "
-        "(passed over: cpu: tensors are on meta, not on the CPU; cuda: tensors are on meta, not on a CUDA device)",
+        "(passed over: cpu: tensors are on meta, not on the CPU; cuda: tensors are on meta, not on a CUDA device; "
+        "triton: tensors are on meta, not on a CUDA device)",
     ]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fouroversix_plugin as fos
 from fouroversix_plugin import reference
-from fouroversix_plugin.kernels import build, cpu, cuda, native, reference_operators
+from fouroversix_plugin.kernels import build, cpu, cuda, native, reference_operators, triton
 from fouroversix_plugin.nvfp4 import scales_to_layout
 from fouroversix_plugin.recipe import Recipe
 
@@ -67,13 +67,19 @@ class Implementation:
 COMPILED = (
     pytest.param("cpu", id="cpu"),
     pytest.param("cuda", id="cuda", marks=[pytest.mark.gpu, no_cuda]),
+    pytest.param("triton", id="triton", marks=[pytest.mark.gpu, no_cuda]),
 )
+
+
+def implementation(name: Any) -> Implementation:
+    reason = triton.reason() if name == "triton" else build.load(name)
+    assert reason is None, "the kernels must compile where tests run"
+    return Implementation({"cpu": cpu, "cuda": cuda, "triton": triton}[name], "cpu" if name == "cpu" else "cuda")
 
 
 @pytest.fixture(params=COMPILED)
 def compiled(request: pytest.FixtureRequest) -> Implementation:
-    assert build.load(request.param) is None, "the kernels must compile where tests run"
-    return Implementation(cuda if request.param == "cuda" else cpu, request.param)
+    return implementation(request.param)
 
 
 @pytest.fixture(params=[*COMPILED, pytest.param("torch", id="cpu-without-compiler")])
@@ -83,8 +89,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         # Or the test would test the wrong thing.
         monkeypatch.setattr(native, "_of", lambda tensor: pytest.fail("the compiled kernels ran"))
         return Implementation(cpu, "cpu")
-    assert build.load(request.param) is None, "the kernels must compile where tests run"
-    return Implementation(cuda if request.param == "cuda" else cpu, request.param)
+    return implementation(request.param)
 
 
 def assert_same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:

@@ -6,13 +6,13 @@ import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fouroversix_plugin import reference
-from fouroversix_plugin.kernels import build, ops
+from fouroversix_plugin.kernels import build, ops, triton
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
 from fouroversix_plugin.recipe import Recipe
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 Op = Literal["quantize", "dequantize", "linear", "moe"]
 
-_PLANNED = ("triton", "flashinfer")
+_PLANNED = ("flashinfer",)
 """Backends of the public API that this release does not have."""
 
 
@@ -58,8 +58,23 @@ def _cuda_reason() -> str | None:
     return build.load("cuda")
 
 
-def _linear(x: Tensor, w: NVFP4Tensor, activations: Recipe | None, bias: Tensor | None) -> Tensor:
-    return ops.linear(x, ops.as_stored(w), activations, bias)
+def _triton_unsupported(op: Op, scheme: str, shape: Sequence[int], device: torch.device) -> str | None:
+    return _triton_reason() if device.type == "cuda" else f"tensors are on {device.type}, not on a CUDA device"
+
+
+@torch.compiler.assume_constant_result
+def _triton_reason() -> str | None:
+    return triton.reason()
+
+
+def _linear(
+    x: Tensor,
+    w: NVFP4Tensor,
+    activations: Recipe | None,
+    bias: Tensor | None,
+    operators: Any = torch.ops.fouroversix,
+) -> Tensor:
+    return ops.linear(x, ops.as_stored(w), activations, bias, operators=operators)
 
 
 def _moe(x: Tensor, w13: NVFP4Tensor, w2: NVFP4Tensor, *rest: object) -> Tensor:
@@ -70,6 +85,15 @@ _BACKENDS = (
     Backend("cpu", _cpu_unsupported, ops.quantize, ops.dequantize, _linear, _moe),
     # Its products are torch's, of activations that the kernels have quantized.
     Backend("cuda", _cuda_unsupported, ops.quantize, ops.dequantize, _linear, _moe),
+    # As above, but for the kernels.
+    Backend(
+        "triton",
+        _triton_unsupported,
+        functools.partial(ops.quantize, operators=torch.ops.fouroversix_triton),
+        functools.partial(ops.dequantize, operators=torch.ops.fouroversix_triton),
+        functools.partial(_linear, operators=torch.ops.fouroversix_triton),
+        _moe,
+    ),
     Backend(
         "reference",
         _reference_unsupported,
@@ -118,5 +142,10 @@ def _not_built(backend: str) -> str:
 
 def backends() -> dict[str, str | None]:
     """Every backend of the public API with None if it can be used on this machine, else the reason why not."""
-    available: dict[str, str | None] = {"reference": None, "cpu": None, "cuda": build.reason("cuda")}
+    available: dict[str, str | None] = {
+        "reference": None,
+        "cpu": None,
+        "cuda": build.reason("cuda"),
+        "triton": triton.reason(),
+    }
     return available | {name: _not_built(name) for name in _PLANNED}

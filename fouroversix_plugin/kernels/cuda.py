@@ -1,4 +1,4 @@
-"""The quantizer for CUDA tensors: compiled kernels where nvcc is, else torch operations; the same bytes.
+"""The quantizer for CUDA tensors: compiled kernels where nvcc is, else Triton's, else torch operations; the same bytes.
 
 Nothing waits for the GPU, and no result's shape depends on values: every operator can be captured in a CUDA graph, once
 the kernels are loaded (a first call outside of the capture).
@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fouroversix_plugin.kernels import build, native, reference_operators
+from fouroversix_plugin.kernels import build, native, reference_operators, triton
 from fouroversix_plugin.nvfp4 import ScaleLayout
 from fouroversix_plugin.recipe import Granularity, Recipe
 
@@ -45,4 +45,6 @@ def dequantize(packed: Tensor, block_scale: Tensor, decode_scale: Tensor, dtype:
 
 
 def _operators() -> ModuleType:
-    return native if build.load("cuda") is None else reference_operators
+    if build.load("cuda") is None:
+        return native
+    return triton if triton.reason() is None else reference_operators

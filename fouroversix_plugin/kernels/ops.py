@@ -2,6 +2,7 @@
 
 The dispatcher chooses by device; a device has one implementation in a process, whichever can be had there. Operators
 are opaque to torch.compile, so no compiler can fuse their arithmetic into other bytes.
+``torch.ops.fouroversix_triton.*`` are the quantizers of CUDA tensors once more, always by the Triton kernels.
 
 - ``quantize``: x [M, K] to packed [M, K/2], block scales [M, K/16] and a decode scale ([] or, per token, [M]), scaled
   for ``amax`` ([] or [M]) or for the largest magnitude of the tensor or row.
@@ -28,11 +29,11 @@ import torch
 from torch import Tensor
 
 from fouroversix_plugin import reference
-from fouroversix_plugin.kernels import cpu, cuda, reference_operators
+from fouroversix_plugin.kernels import cpu, cuda, reference_operators, triton
 from fouroversix_plugin.nvfp4 import NVFP4Tensor, ScaleLayout, padded_scale_shape
 from fouroversix_plugin.recipe import BLOCK_SIZE, Granularity, Recipe
 
-_SCHEMAS = (
+_QUANTIZER_SCHEMAS = (
     "quantize(Tensor x, Tensor? amax, str granularity, str recipe) -> (Tensor, Tensor, Tensor)",
     "quantize_values(Tensor x, Tensor? amax, str recipe) -> (Tensor, Tensor)",
     "quantize_to_layout(Tensor x, Tensor? amax, str granularity, str recipe, str layout) -> (Tensor, Tensor, Tensor)",
@@ -44,6 +45,9 @@ _SCHEMAS = (
     "silu_and_mul_quantize_experts(Tensor x, Tensor expert_offsets, Tensor? amax, str recipe, str layout) "
     "-> (Tensor, Tensor, Tensor)",
     "dequantize(Tensor packed, Tensor block_scale, Tensor decode_scale, ScalarType dtype) -> Tensor",
+)
+_SCHEMAS = (
+    *_QUANTIZER_SCHEMAS,
     "linear(Tensor x, Tensor weight, Tensor? block_scale, Tensor decode_scale, Tensor? token_scale, Tensor? bias, "
     "ScalarType dtype) -> Tensor",
     "moe(Tensor x, Tensor w13, Tensor? w13_block_scale, Tensor w13_decode_scale, Tensor w2, Tensor? w2_block_scale, "
@@ -54,6 +58,11 @@ _SCHEMAS = (
 _library = torch.library.Library("fouroversix", "DEF")
 for _schema in _SCHEMAS:
     _library.define(_schema)
+
+# The Triton kernels by name, also where the device's operators are the compiled ones.
+_triton_library = torch.library.Library("fouroversix_triton", "DEF")
+for _schema in _QUANTIZER_SCHEMAS:
+    _triton_library.define(_schema)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,25 +109,36 @@ def as_stored(q: NVFP4Tensor) -> PreparedWeight:
     return PreparedWeight(q.packed, q.block_scale.view(torch.uint8), q.row_decode_scale.contiguous())
 
 
-def quantize(x: Tensor, recipe: Recipe, granularity: Granularity = "tensor", amax: Tensor | None = None) -> NVFP4Tensor:
+def quantize(
+    x: Tensor,
+    recipe: Recipe,
+    granularity: Granularity = "tensor",
+    amax: Tensor | None = None,
+    operators: Any = torch.ops.fouroversix,
+) -> NVFP4Tensor:
     """``torch.ops.fouroversix.quantize``; see :func:`fouroversix_plugin.reference.quantize`."""
-    packed, block_scale, decode_scale = torch.ops.fouroversix.quantize(x, amax, granularity, recipe.key)
+    packed, block_scale, decode_scale = operators.quantize(x, amax, granularity, recipe.key)
     return NVFP4Tensor(packed, block_scale.view(torch.float8_e4m3fn), decode_scale)
 
 
-def dequantize(q: NVFP4Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize(q: NVFP4Tensor, dtype: torch.dtype = torch.float32, operators: Any = torch.ops.fouroversix) -> Tensor:
     """``torch.ops.fouroversix.dequantize``; see :func:`fouroversix_plugin.reference.dequantize`."""
-    out: Tensor = torch.ops.fouroversix.dequantize(q.packed, q.block_scale.view(torch.uint8), q.row_decode_scale, dtype)
+    out: Tensor = operators.dequantize(q.packed, q.block_scale.view(torch.uint8), q.row_decode_scale, dtype)
     return out
 
 
 def linear(
-    x: Tensor, w: PreparedWeight, activations: Recipe | None, bias: Tensor | None, input_amax: Tensor | None = None
+    x: Tensor,
+    w: PreparedWeight,
+    activations: Recipe | None,
+    bias: Tensor | None,
+    input_amax: Tensor | None = None,
+    operators: Any = torch.ops.fouroversix,
 ) -> Tensor:
     """x [M, K] times a prepared weight; see :func:`fouroversix_plugin.reference.linear`."""
     values, token_scale = x, None
     if activations is not None:
-        values, token_scale = torch.ops.fouroversix.quantize_values(x, input_amax, activations.key)
+        values, token_scale = operators.quantize_values(x, input_amax, activations.key)
     out: Tensor = torch.ops.fouroversix.linear(
         values, w.weight, w.block_scale, w.decode_scale, token_scale, bias, x.dtype
     )
@@ -179,7 +199,7 @@ class _Quantizer(Protocol):
     def dequantize(self, packed: Tensor, block_scale: Tensor, decode_scale: Tensor, dtype: torch.dtype) -> Tensor: ...
 
 
-def _register(key: str, backend: _Quantizer) -> None:
+def _register(key: str, backend: _Quantizer, library: torch.library.Library = _library) -> None:
     """Make ``backend`` what runs for tensors of a dispatch key."""
 
     def quantize(x: Tensor, amax: Tensor | None, granularity: Granularity, recipe: str) -> tuple[Tensor, ...]:
@@ -217,11 +237,12 @@ def _register(key: str, backend: _Quantizer) -> None:
         ("silu_and_mul_quantize_values", values(gated=True)),
         ("dequantize", backend.dequantize),
     ):
-        _library.impl(name, run, key)
+        library.impl(name, run, key)
 
 
 _register("CPU", cpu)
 _register("CUDA", cuda)
+_register("CUDA", triton, _triton_library)
 _register("CompositeExplicitAutograd", reference_operators)
 
 
@@ -376,6 +397,19 @@ def _fake_silu_and_mul_quantize_values(x: Tensor, amax: Tensor | None, recipe: s
 @torch.library.register_fake("fouroversix::dequantize", lib=_library)
 def _fake_dequantize(packed: Tensor, block_scale: Tensor, decode_scale: Tensor, dtype: torch.dtype) -> Tensor:
     return packed.new_empty(*packed.shape[:-1], packed.shape[-1] * 2, dtype=dtype)
+
+
+for _name, _fake_of in (
+    ("quantize", _fake_quantize),
+    ("quantize_to_layout", _fake_quantize_to_layout),
+    ("quantize_experts", _fake_quantize_experts),
+    ("quantize_values", _fake_quantize_values),
+    ("silu_and_mul_quantize", _fake_silu_and_mul_quantize),
+    ("silu_and_mul_quantize_experts", _fake_silu_and_mul_quantize_experts),
+    ("silu_and_mul_quantize_values", _fake_silu_and_mul_quantize_values),
+    ("dequantize", _fake_dequantize),
+):
+    torch.library.register_fake(f"fouroversix_triton::{_name}", _fake_of, lib=_triton_library)
 
 
 @torch.library.register_fake("fouroversix::linear", lib=_library)

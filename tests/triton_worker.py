@@ -1,0 +1,43 @@
+"""Runs the Triton backend on CPU tensors by Triton's interpreter, for tests, in a process of its own.
+
+Triton decides whether kernels are compiled or interpreted where they are decorated, those of its own library when it is
+first imported. Within the tests' process, where others compile kernels and vLLM imports Triton, that would be whatever
+came first; here the variable is set before anything is imported, and nobody else sees it.
+
+Standard input has pickled (function of the backend, its arguments), standard output what it returned or the text of
+what it raised: (result, None) or (None, text).
+"""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import pickle
+import sys
+import traceback
+
+import numpy as np
+import torch
+
+from fouroversix_plugin.kernels import triton
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    np.seterr(all="ignore")  # infinities and NaN are meant
+    answers, sys.stdout = sys.stdout.buffer, sys.stderr
+    while True:
+        try:
+            name, arguments = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            answer = getattr(triton, name)(*arguments), None
+        except Exception:
+            answer = None, traceback.format_exc()
+        pickle.dump(answer, answers)
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()
