@@ -17,7 +17,6 @@ signal that ended it.
 """
 
 import argparse
-import asyncio
 import json
 import platform
 import sys
@@ -28,11 +27,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import gsm8k_compare
+from argument_types import natural, not_negative, positive, seconds
 from gsm8k_answers import STOPS, Grade, grade
 from gsm8k_data import InputError, Prompt, Question, build_prompt, digest, draw, draw_shots, load_questions
 from gsm8k_log import Answer, RunLog
 from gsm8k_statistics import CONFIDENCE, standard_error, wilson
-from server_client import Client, RequestError, ServerError
+from server_client import Client, RequestError, ServerError, run_together
 from server_process import run_until_signal, serving
 from tqdm import tqdm
 
@@ -71,9 +71,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=positive, default=512, metavar="N", help="of an answer (512)")
     parser.add_argument("--temperature", type=not_negative, default=0.0, help="(0)")
     parser.add_argument("--model", help="which model, where the server has several")
-    parser.add_argument("--timeout", type=positive, default=600, metavar="SECONDS", help="of one request (600)")
+    parser.add_argument("--timeout", type=seconds, default=600, metavar="SECONDS", help="of one request (600)")
     parser.add_argument("--retries", type=natural, default=6, metavar="N", help="of one request, with back-off (6)")
-    parser.add_argument("--serve-timeout", type=positive, default=1200, metavar="SECONDS", help="to get ready (1200)")
+    parser.add_argument("--serve-timeout", type=seconds, default=1200, metavar="SECONDS", help="to get ready (1200)")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="results; with --compare also FILE.png")
     options = parser.parse_args(arguments)
     if options.compare is None and (options.data is None or options.out is None):
@@ -83,27 +83,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.out is not None and options.out.suffix != ".json":
         parser.error(f"--out {options.out}: needs a name that ends in .json")
     return options
-
-
-def natural(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"got {text}, needs 0 or more")
-    return value
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {text}, needs 1 or more")
-    return value
-
-
-def not_negative(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"got {text}, needs 0 or more")
-    return value
 
 
 def build_tasks(options: argparse.Namespace) -> list[Task]:
@@ -134,14 +113,8 @@ class Evaluation:
         self._bar = tqdm(total=len(tasks), initial=len(log.answers), unit="question", disable=not sys.stderr.isatty())
 
     async def run(self) -> None:
-        workers = [asyncio.create_task(self._work()) for _ in range(self._options.parallel)]
-        try:
-            await asyncio.gather(*workers)
-        finally:
-            for worker in workers:
-                worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
-            self._bar.close()
+        with self._bar:
+            await run_together(self._work() for _ in range(self._options.parallel))
 
     async def _work(self) -> None:
         for task in self._tasks:

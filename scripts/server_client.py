@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -141,6 +141,17 @@ class Client:
                 await asyncio.sleep(max(wanted, delay * random.uniform(0.5, 1)))
                 delay = min(2 * delay, LONGEST_DELAY)
         raise RequestError(f"{url}: {problem}, after {self._retries + 1} tries")
+
+
+async def run_together(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Run them at the same time; the first error ends all and is raised as it is."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _text(value: object) -> str | None:

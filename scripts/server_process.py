@@ -69,7 +69,7 @@ class ServerProcess:
                 except httpx.TransportError:
                     pass
                 await asyncio.sleep(0.5)
-        raise self._failure(f"the server was not ready after {timeout:.0f} s")
+        raise self._failure(f"the server was not ready after {timeout:g} s")
 
     def check_alive(self) -> None:
         if self._process is not None and (status := self._process.poll()) is not None:

@@ -407,7 +407,7 @@ FAULTS = {
     "half-written JSON": Reply(raw=b'{"choices": [{"te'),
     "no object": Reply([1]),
     "not UTF-8": Reply(raw=b"\xff\xfe\xfa"),
-    "timeout": Reply({}, delay=1.5),
+    "timeout": Reply({}, delay=0.6),
 }
 
 
@@ -421,7 +421,7 @@ def test_passing_faults_are_retried(tmp_path: Path, data: list[str], fault: Repl
         return fault if seen[asked(body)] <= 2 and asked(body) < 4 else right(path, body)
 
     with FakeServer(answer).running() as server:
-        assert run(server, tmp_path / "out.json", *data, "--timeout", "1") == 0
+        assert run(server, tmp_path / "out.json", *data, "--timeout", "0.3") == 0
     assert result(tmp_path / "out.json")["accuracy"] == 1
     assert [seen[i] for i in range(5)] == [3, 3, 3, 3, 1]
 
@@ -658,13 +658,9 @@ def test_a_server_that_does_not_start_shows_its_log(
     assert child_is_gone(tmp_path)
     assert gsm8k.main(["--serve", "no-such-program-here", *arguments]) == 1
     assert "'no-such-program-here' cannot be run" in capsys.readouterr().err
-    assert (
-        gsm8k.main(
-            ["--serve", f"{sys.executable} -c 'import time; time.sleep(60)'", "--serve-timeout", "1", *arguments]
-        )
-        == 1
-    )
-    assert "not ready after 1 s" in capsys.readouterr().err
+    mute = f"{sys.executable} -c 'import time; time.sleep(60)'"
+    assert gsm8k.main(["--serve", mute, "--serve-timeout", "0.4", *arguments]) == 1
+    assert "not ready after 0.4 s" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("_short_grace")
