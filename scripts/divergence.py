@@ -29,6 +29,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import versions
 from argument_types import positive, seconds
 from divergence_scores import ScoresFile, digest
 from divergence_sources import Request, Text, score_checkpoint, score_on_server
@@ -43,7 +44,7 @@ from divergence_statistics import (
     ratio,
     summarize,
 )
-from gsm8k_data import InputError, draw, load_questions
+from gsm8k_data import InputError, draw, is_on_hub, load_questions
 from server_client import ServerError
 
 FIGURES = {
@@ -95,6 +96,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--compare needs two results or more")
     if options.reference is not None and is_scores(options.reference) == (options.data is not None):
         parser.error("--data names the text to score; with a file of scores as reference it is in that file already")
+    if options.reference is not None and is_scores(options.reference) and options.documents is not None:
+        parser.error("--documents: a file of scores as reference is compared whole")
     if options.candidate is None and options.reference is not None and options.save_reference is None:
         parser.error("--reference needs --candidate, or --save-reference to only score it")
     return options
@@ -124,7 +127,7 @@ def is_server(source: str) -> bool:
 
 def load_texts(source: str, count: int | None, seed: int) -> list[Text]:
     """GSM8K's solutions, or the whole of a text file."""
-    if source.startswith("hub") or source.endswith((".jsonl", ".json")):
+    if is_on_hub(source) or source.endswith((".jsonl", ".json")):
         questions = draw(load_questions(source, "test"), count, seed)
         return [Text(f"Question: {question.text}\nAnswer:", f" {question.solution}") for question in questions]
     try:
@@ -180,6 +183,7 @@ def build_result(reference: ScoresFile, candidate: ScoresFile, positions: Positi
     return {
         "reference": reference.about,
         "candidate": candidate.about,
+        "versions": versions.installed(),
         "documents_sha256": digest(reference.documents),
         "documents": len(reference.documents),
         "positions": len(positions.kl),
@@ -253,11 +257,6 @@ def read_result(path: Path) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    signal.signal(signal.SIGTERM, end)  # An engine that was started has to end too.
     try:
         if options.compare:
             compare_results(options.compare, options.out, options.seed)
@@ -269,5 +268,12 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def end(number: int, frame: FrameType | None) -> None:
+    """As an exception, so that an engine that was started ends too."""
+    raise SystemExit(128 + number)
+
+
 if __name__ == "__main__":
+    for received in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(received, end)
     sys.exit(main())

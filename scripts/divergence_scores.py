@@ -75,6 +75,11 @@ class Writer:
     def add(self, index: int, scores: Scores) -> None:
         if not self._tensors:
             self._check_memory(scores)
+        if scores.logprobs.isnan().any():
+            place = int(scores.logprobs.isnan().any(1).nonzero()[0])
+            raise InputError(
+                f"document {index}, scored position {place}: NaN log-probabilities; the model computes NaN"
+            )
         if scores.ids is not None:
             self._tensors[f"{index}.ids"] = scores.ids
         self._tensors[f"{index}.logprobs"] = scores.logprobs

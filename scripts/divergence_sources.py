@@ -13,6 +13,7 @@ import torch
 from divergence_scores import Document, Scores, Writer, make_full_scores, make_scores
 from gsm8k_data import InputError
 from server_client import Client, ServerError, run_together
+from server_process import GRACE_SECONDS
 from tqdm import tqdm
 
 # vLLM hands over log-probabilities as Python numbers: so many of them at a time, about 60 bytes each.
@@ -167,6 +168,8 @@ def score_checkpoint(model: str, arguments: dict[str, Any], request: Request, pa
         problem = f"its process ended with status {process.exitcode}"
     except BaseException:  # a signal, which may have reached only this process
         process.terminate()
+        process.join(GRACE_SECONDS)
+        process.kill()
         raise
     finally:
         process.join()

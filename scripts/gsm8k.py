@@ -18,18 +18,17 @@ signal that ended it.
 
 import argparse
 import json
-import platform
 import sys
 import time
 from contextlib import AsyncExitStack
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gsm8k_compare
+import versions
 from argument_types import natural, not_negative, positive, seconds
 from gsm8k_answers import STOPS, Grade, grade
-from gsm8k_data import InputError, Prompt, Question, build_prompt, digest, draw, draw_shots, load_questions
+from gsm8k_data import InputError, Prompt, Question, build_prompt, digest, draw, draw_shots, is_on_hub, load_questions
 from gsm8k_log import Answer, RunLog
 from gsm8k_statistics import CONFIDENCE, standard_error, wilson
 from server_client import Client, RequestError, ServerError, run_together
@@ -89,7 +88,7 @@ def build_tasks(options: argparse.Namespace) -> list[Task]:
     questions = draw(load_questions(options.data, "test"), options.num_questions, options.seed)
     shots: list[Question] = []
     if options.num_shots:
-        source = options.shots_data or ("hub" if options.data.startswith("hub") else None)
+        source = options.shots_data or ("hub" if is_on_hub(options.data) else None)
         if source is None:
             raise InputError(
                 f"--num-shots {options.num_shots} needs --shots-data: --data is a file of questions to ask"
@@ -251,7 +250,7 @@ async def evaluate(options: argparse.Namespace) -> int:
             print(f"resuming: {log.path} holds {len(log.answers)} of {len(tasks)} answers", file=sys.stderr)
         evaluation = Evaluation(client, facts.model, options, log, tasks)
         await evaluation.run()
-        result = {"settings": settings, "versions": versions(), **summarize(tasks, log)}
+        result = {"settings": settings, "versions": versions.installed(), **summarize(tasks, log)}
     options.out.write_text(json.dumps(result, indent=2) + "\n")
     print(report(result))
     if evaluation.failures:
@@ -261,17 +260,6 @@ async def evaluate(options: argparse.Namespace) -> int:
             "Give the same command again to ask only them."
         )
     return 0
-
-
-def versions() -> dict[str, str | None]:
-    def version(name: str) -> str | None:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            return None
-
-    names = ("fouroversix-plugin", "httpx")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -35,9 +35,13 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def is_on_hub(source: str) -> bool:
+    return source == "hub" or source.startswith("hub:")
+
+
 def load_questions(source: str, split: str) -> list[Question]:
     """The questions of a JSONL file, or of a data set on the hub: ``hub`` (openai/gsm8k) or ``hub:OWNER/NAME``."""
-    if source == "hub" or source.startswith("hub:"):
+    if is_on_hub(source):
         name = source.removeprefix("hub").removeprefix(":") or HUB_DATASET
         return _questions(_rows_of_hub(name, split), f"{name}, split {split}, row")
     return _questions(_rows_of_file(Path(source)), f"{source}, line")

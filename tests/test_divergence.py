@@ -250,6 +250,13 @@ def test_too_many_scores_for_the_memory_are_refused_before_they_are_gathered(mon
         Writer(DOCUMENTS).add(0, make_full_scores(distributions(2, 0).float(), [7, 8]))
 
 
+def test_nan_is_refused(tmp_path: Path) -> None:
+    logprobs = distributions(2, 0).float()
+    logprobs[1, 3] = torch.nan
+    with pytest.raises(InputError, match="document 1, scored position 1: NaN"):
+        Writer(DOCUMENTS).add(1, make_full_scores(logprobs, [2, 3]))
+
+
 # --- documents -------------------------------------------------------------------------------------------------------
 
 
@@ -276,6 +283,15 @@ def test_a_file_is_cut_into_windows() -> None:
         make_documents(request(text, window=4, limit=3), tokenize)
     with pytest.raises(InputError, match="the text gives 0"):
         make_documents(request(Text("", "")), tokenize)
+
+
+def test_text_files_are_taken_whole(tmp_path: Path, data: Path) -> None:
+    path = tmp_path / "hub.txt"
+    path.write_text("a b")
+    assert divergence.load_texts(str(path), 1, 0) == [Text("", "a b")]
+    assert len(divergence.load_texts(str(data), 3, 0)) == 3
+    with pytest.raises(InputError, match="cannot be read"):
+        divergence.load_texts(str(tmp_path / "absent.txt"), 1, 0)
 
 
 def test_batches_hold_every_document_once_and_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -471,6 +487,7 @@ def test_a_server_that_cannot_score_is_named(
         "--reference a --data b",
         "--reference a --candidate b",
         "--reference a.safetensors --candidate b --data c",
+        "--reference a.safetensors --candidate b --documents 3",
         "--reference a --candidate b --data c --top none",
         "--reference a --candidate b --data c --engine-args [1]",
         "--reference a --candidate b --data c --engine-args {",
