@@ -71,6 +71,7 @@ def test_the_rules_find_what_lm_eval_finds(text: str, strict: str | None, flexib
         ("12 and 13", "12", "wrong"),
         ("18.0", "18", "correct"),
         ("18.", "18", "correct"),
+        ("It is 18...", "18", "correct"),
         ("018", "18", "correct"),
         ("1.2.3", "123", "invalid"),
         ("many ...", "0", "invalid"),
@@ -90,8 +91,9 @@ def test_numbers_are_compared_as_numbers_and_text_past_the_stops_is_cut(text: st
 def test_strict_and_flexible_are_graded_apart() -> None:
     graded = gsm8k_answers.grade("#### 5, that is 6 less 1", "5")
     assert (graded.strict_correct, graded.correct) == (True, False)
-    graded = gsm8k_answers.grade("The answer is 5", "5")
-    assert (graded.strict_correct, graded.correct) == (False, True)
+    for text in ("The answer is 5", "The answer is 5\n\nQuestion: or\n#### 5"):
+        graded = gsm8k_answers.grade(text, "5")
+        assert (graded.strict_correct, graded.correct) == (False, True)
 
 
 @pytest.mark.parametrize(
@@ -476,6 +478,18 @@ def test_a_server_that_goes_away_ends_the_run(
     assert not (tmp_path / "out.json").exists()
     assert gsm8k.main(["--base-url", url, "--out", str(tmp_path / "out.json"), *arguments]) == 1
     assert "ConnectError" in capsys.readouterr().err
+
+
+def test_failures_between_answers_do_not_end_the_run(tmp_path: Path) -> None:
+    questions = write_questions(tmp_path / "many.jsonl", 2 * gsm8k.FAILURES_IN_A_ROW + 2)
+
+    def answer(path: str, body: dict[str, Any]) -> Reply:
+        return Reply({}, 400) if len(server.requests) % 2 else right(path, body)
+
+    with FakeServer(answer).running() as server:
+        arguments = ["--data", str(questions), "--num-shots", "0", "--parallel", "1"]
+        assert run(server, tmp_path / "out.json", *arguments) == 1
+    assert result(tmp_path / "out.json")["failed"] == gsm8k.FAILURES_IN_A_ROW + 1
 
 
 def without_times(found: dict[str, Any]) -> dict[str, Any]:
