@@ -71,14 +71,14 @@ def _terms(p: Tensor, q: Tensor) -> Tensor:
 
 
 def _look_up(scores: Scores, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The log-probabilities of these tokens [P, K], and which of them are known; -1 never is."""
+    """The log-probabilities of these tokens [P, K], and which of them are known."""
     logprobs = scores.logprobs.double()
     if scores.ids is None:
         known = (ids >= 0) & (ids < logprobs.shape[1])
         return logprobs.gather(1, ids.where(known, 0)), known
     have, order = scores.ids.long().sort(1)
     place = torch.searchsorted(have, ids.contiguous()).clamp(max=have.shape[1] - 1)
-    known = (have.gather(1, place) == ids) & (ids >= 0)
+    known = have.gather(1, place) == ids  # empty places match one another, and have no probability
     return logprobs.gather(1, order.gather(1, place)), known
 
 

@@ -129,8 +129,9 @@ def test_one_of_several_most_likely_tokens_in_common_is_agreement() -> None:
     third = torch.tensor([[0.2, 0.2, 0.6]]).log()
     for p, q, agrees in ((tied, single, 1), (single, tied, 1), (tied, third, 0)):
         assert compare(make_full_scores(p, [0]), make_full_scores(q, [0])).agrees.tolist() == [agrees]
-    # Token 1 is the candidate's best, and the reference does not know it.
-    assert compare(make_scores([([0], [-1.0])], [0]), make_scores([([0, 1], [-2.0, -0.2])], [0])).agrees.tolist() == [0]
+    # Neither side's best is known to the other.
+    one, other = make_scores([([1, 5], [-0.1, -3.0])], [5]), make_scores([([2, 5], [-0.2, -2.0])], [5])
+    assert compare(one, other).agrees.tolist() == [0]
 
 
 def test_scores_without_the_token_that_follows_are_refused() -> None:
@@ -584,6 +585,20 @@ def test_a_checkpoint_that_does_not_load_is_named(
     engine = ["--engine-args", '{"enforce_eager": true, "seed": 0}']
     assert run("--reference", reference, "--candidate", "absent", *engine) == 1
     assert "vLLM could not score absent: OSError: no such model" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_fake_vllm")
+def test_a_token_that_vllm_gives_twice_counts_once(tmp_path: Path) -> None:
+    wanted = request(Text("", " ".join("a" * (i % 9) for i in range(60))), top=20)
+    divergence_sources._score_in_process(
+        "model", {"seed": 3, "enforce_eager": True}, wanted, tmp_path / "a.safetensors"
+    )
+    ids, logprobs, _ = ScoresFile(tmp_path / "a.safetensors").scores(0)
+    assert ids is not None
+    given = [[id for id in row if id >= 0] for row in ids.tolist()]
+    assert all(len(row) == len({*row}) for row in given)
+    assert {len(row) for row in given} == {20, 21}, "both cases occur"
+    assert (logprobs.exp().sum(1) <= 1 + 1e-5).all()
 
 
 @pytest.mark.usefixtures("_fake_vllm")
