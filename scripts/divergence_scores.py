@@ -92,7 +92,10 @@ class Writer:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.partial")
         metadata = {"divergence_scores": FORMAT, "about": json.dumps(about)}
+        partial.touch()
+        mode = partial.stat().st_mode  # as the umask says; the library makes files that only their owner can read
         save_file({**self._tensors, **tokens, "starts": starts}, partial, metadata)
+        partial.chmod(mode)
         partial.replace(path)
 
     def _check_memory(self, scores: Scores) -> None:

@@ -225,6 +225,8 @@ def test_scores_are_read_as_they_were_written(tmp_path: Path) -> None:
         for one, other in zip(file.scores(index), expected, strict=True):
             assert torch.equal(one, other)
     assert not list(tmp_path.glob("*.partial"))
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_whole_distributions_are_stored_without_ids(tmp_path: Path) -> None:
