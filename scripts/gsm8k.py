@@ -4,8 +4,9 @@ python scripts/gsm8k.py --base-url http://127.0.0.1:8000/v1 --data test.jsonl --
 python scripts/gsm8k.py --serve "vllm serve MODEL --quantization nvfp4_4over6" --data hub --out nvfp4.json
 python scripts/gsm8k.py --compare bf16.json nvfp4.json --out comparison.json
 
-Prompts, stop strings and the rules that find the answer are those of lm-eval's task gsm8k, whose figures they give, but
-for numbers written in two ways (18.0 is 18 here). The same through lm-eval (pip install 'fouroversix-plugin[lm-eval]'):
+Prompts, stop strings and the rules that find the number are those of lm-eval's task gsm8k: the same answers
+get the same grades, but for numbers written in two ways (18.0 is 18 here). lm-eval itself, which draws its own examples
+(pip install 'fouroversix-plugin[lm-eval]'):
 
 lm_eval --model local-completions --tasks gsm8k --num_fewshot 8 --gen_kwargs max_gen_toks=512 --log_samples \\
   --output_path DIR --model_args model=MODEL,base_url=http://127.0.0.1:8000/v1/completions,num_concurrent=32,\\

@@ -43,7 +43,7 @@ def read_result(path: Path) -> Result:
             name=path.stem,
             accuracy=float(found["accuracy"]),
             interval=Interval(*found["confidence_interval"]),
-            settings=dict(found["settings"]),
+            settings={key: found["settings"][key] for key in SAME},
             correct={
                 row["question"]: row["outcome"] == "correct" for row in found["answers"] if row["outcome"] != "failed"
             },
@@ -56,7 +56,7 @@ def read_result(path: Path) -> Result:
 
 def pair(baseline: Result, other: Result) -> Pair:
     for key in SAME:
-        ours, theirs = (result.settings.get(key) for result in (baseline, other))
+        ours, theirs = (result.settings[key] for result in (baseline, other))
         if ours != theirs:
             raise InputError(
                 f"{baseline.name} and {other.name} cannot be compared: their {key} differ ({ours!r}, {theirs!r}); "

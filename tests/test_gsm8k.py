@@ -401,6 +401,15 @@ def test_what_sglang_and_vllm_say_of_themselves(tmp_path: Path, data: list[str])
     assert "secret" not in (tmp_path / "sglang.json").read_text()
 
 
+def test_no_proxy_stands_before_the_loopback(tmp_path: Path, data: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with FakeServer(right).running() as server:
+        assert run(server, tmp_path / "out.json", *data, "--retries", "0") == 0
+
+
 FAULTS = {
     "500": Reply({"error": {"message": "boom"}}, 500),
     "503 in HTML": Reply(status=503, raw=b"<html>"),
@@ -775,7 +784,7 @@ def test_results_of_different_questions_are_not_compared(
     a, b, other = (str(tmp_path / f"{name}.json") for name in ("a", "b", "other"))
     assert gsm8k.main(["--compare", a, b]) == 1
     assert "a and b cannot be compared: their prompt_sha256 differ" in capsys.readouterr().err
-    Path(other).write_text('{"accuracy": 1}')
+    Path(other).write_text(json.dumps(result(tmp_path / "a.json") | {"settings": {}}))
     assert gsm8k.main(["--compare", a, other]) == 1
     assert "is not what gsm8k.py --out writes" in capsys.readouterr().err
     assert gsm8k.main(["--compare", a, str(tmp_path / "absent.json")]) == 1
