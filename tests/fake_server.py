@@ -62,7 +62,11 @@ class FakeServer:
                 self._send(Reply({"detail": "Not Found"}, 404) if found is None else Reply(found))
 
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                length = int(self.headers["Content-Length"])
+                sent = self.rfile.read(length)
+                if len(sent) < length:
+                    raise ConnectionError("the client gave up while it sent its request")
+                body = json.loads(sent)
                 with outer._lock:
                     outer.requests.append((self.path, body))
                     reply = outer.answer(self.path, body)
