@@ -153,7 +153,7 @@ class Evaluation:
         if not isinstance(text, str):
             raise RequestError(f"an answer whose text is {type(text).__name__}, needed a string")
         seconds = time.monotonic() - self._start
-        return Answer(task.question.id, text, choice.get("finish_reason"), tokens, self._log.session, seconds)
+        return Answer(task.question.id, text, choice.get("finish_reason"), tokens, self._log.attempt, seconds)
 
 
 def summarize(tasks: list[Task], log: RunLog) -> dict[str, Any]:

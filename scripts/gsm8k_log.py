@@ -17,10 +17,10 @@ class Answer(NamedTuple):
     text: str
     finish_reason: str | None
     output_tokens: int | None
-    session: int
-    """The run is session 1; each time it is resumed, one more."""
+    attempt: int
+    """1 for the run's first attempt; each time it is resumed, one more."""
     seconds: float
-    """From the start of its session until the answer was there."""
+    """From the start of its attempt until the answer was there."""
 
 
 class RunLog:
@@ -37,7 +37,7 @@ class RunLog:
         except BaseException:
             self._file.close()
             raise
-        self.session = 1 + max((answer.session for answer in self.answers.values()), default=0)
+        self.attempt = 1 + max((answer.attempt for answer in self.answers.values()), default=0)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -52,10 +52,10 @@ class RunLog:
         self._write(answer._asdict())
 
     def seconds(self) -> float:
-        """Wall-clock time of all sessions, each until its last answer."""
+        """Wall-clock time of all attempts, each until its last answer."""
         last: dict[int, float] = {}
         for answer in self.answers.values():
-            last[answer.session] = max(answer.seconds, last.get(answer.session, 0.0))
+            last[answer.attempt] = max(answer.seconds, last.get(answer.attempt, 0.0))
         return sum(last.values())
 
     def _lock(self) -> None:

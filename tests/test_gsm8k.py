@@ -521,16 +521,16 @@ def test_an_interrupted_run_resumes_to_the_same_result(tmp_path: Path, data: lis
         assert run(server, tmp_path / "cut.json", *data) == 0
         assert not server.requests, "a finished run is only summarized again"
     assert without_times(result(tmp_path / "cut.json")) == without_times(result(tmp_path / "whole.json"))
-    sessions = Counter(json.loads(line)["session"] for line in (tmp_path / "cut.jsonl").read_text().splitlines()[1:])
-    assert sessions == {1: 7, 2: 13}
+    attempts = Counter(json.loads(line)["attempt"] for line in (tmp_path / "cut.jsonl").read_text().splitlines()[1:])
+    assert attempts == {1: 7, 2: 13}
 
 
-def test_latency_adds_up_the_sessions(tmp_path: Path) -> None:
+def test_latency_adds_up_the_attempts(tmp_path: Path) -> None:
     with gsm8k_log.RunLog(tmp_path / "log.jsonl", {}) as log:
-        for question, session, seconds in (("a", 1, 2.0), ("b", 1, 5.0), ("c", 2, 3.0)):
-            log.add(gsm8k_log.Answer(question, "", None, None, session, seconds))
+        for question, attempt, seconds in (("a", 1, 2.0), ("b", 1, 5.0), ("c", 2, 3.0)):
+            log.add(gsm8k_log.Answer(question, "", None, None, attempt, seconds))
     with gsm8k_log.RunLog(tmp_path / "log.jsonl", {}) as log:
-        assert (log.seconds(), log.session) == (8.0, 3)
+        assert (log.seconds(), log.attempt) == (8.0, 3)
 
 
 def test_a_log_of_other_settings_is_refused(
