@@ -1,4 +1,5 @@
-// The quantizer for GPUs (sm_80 and up): a thread takes a block of 16 values, a group of threads a row.
+// The quantizer for GPUs (sm_80 and up): a thread takes a block of 16 values, a group of threads a row; where there are
+// few rows, and sm_90 and up, a cluster of CTAs.
 //
 // Compiled with FOS_DTYPE = bf16, fp16 or fp32, the type of the input, and -fmad=false: only what is written as fmaf is
 // fused, and only where it is exact or where no byte depends on it.
@@ -26,6 +27,11 @@
 #if defined(__CUDA_ARCH_FEAT_SM100_ALL) || defined(__CUDA_ARCH_FEAT_SM103_ALL) || \
     defined(__CUDA_ARCH_FEAT_SM120_ALL) || defined(__CUDA_ARCH_FEAT_SM121_ALL)
 #define FOS_NATIVE_E2M1 1
+#endif
+
+// Thread block clusters, and kernels that start before the one they follow has ended.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define FOS_CLUSTERS 1
 #endif
 
 #define FOS_PASTE_(a, b) a##b
@@ -315,6 +321,11 @@ struct Row {
   float largest;  // kLargest, or 0 for a row without a finite amax: none of its blocks is in the filter's range
 };
 
+__device__ __forceinline__ Row row_of(const GlobalScales& global) {
+  return {global.amax, global.encode, global.decode, global.amax == 0.0f ? 0.0f : global.decode * (1.0f / kOne),
+          global.finite ? kLargest : 0.0f};
+}
+
 // A quantized block. What is to be written of its numbers decides how they are kept: few registers, many warps.
 template <class Rounded>
 struct Chosen {
@@ -518,6 +529,16 @@ struct Target {
   Raw* values;         // a block each
 };
 
+__device__ __forceinline__ Target target_of(const Quantize& q, int64_t row, int64_t scale_row, int blocks,
+                                            int scale_stride) {
+  Target to = {reinterpret_cast<uint2*>(q.packed) + row * blocks, nullptr, scale_stride,
+               static_cast<Raw*>(q.values) + row * blocks};
+  if (scale_row >= 0) {
+    to.scales = q.block_scale + scale_offset(q.layout, scale_row, 0, padded_scale_columns(q.layout, blocks));
+  }
+  return to;
+}
+
 __device__ __forceinline__ void write_scale(const Target& to, int block, uint32_t byte) {
   if (to.scales != nullptr) to.scales[(block >> 2) * to.scale_stride + (block & 3)] = static_cast<uint8_t>(byte);
 }
@@ -617,8 +638,7 @@ __global__ void __maxnreg__((registers<gated, as_values>()))
     row_amax = bits<uint32_t>(amax[0]);
   }
   const GlobalScales global = global_scales(bits<float>(row_amax), q.recipe.encoded_amax);
-  const Row shared = {global.amax, global.encode, global.decode,
-                      global.amax == 0.0f ? 0.0f : global.decode * (1.0f / kOne), global.finite ? kLargest : 0.0f};
+  const Row shared = row_of(global);
   if (group.lane == 0 && blockIdx.y == 0) {
     if (q.scope == Scope::token) q.decode_scale[row] = stored_decode_scale(global);
     if (q.scope == Scope::tensor && index == 0) q.decode_scale[0] = stored_decode_scale(global);
@@ -627,11 +647,7 @@ __global__ void __maxnreg__((registers<gated, as_values>()))
 
   const int blocks = static_cast<int>(q.columns / kBlock);
   const void* x = input_row<gated>(q, row);
-  Target to = {reinterpret_cast<uint2*>(q.packed) + row * blocks, nullptr, shape.scale_stride,
-               static_cast<Raw*>(q.values) + row * blocks};
-  if (place.scale_row >= 0) {
-    to.scales = q.block_scale + scale_offset(q.layout, place.scale_row, 0, padded_scale_columns(q.layout, blocks));
-  }
+  const Target to = target_of(q, row, place.scale_row, blocks, shape.scale_stride);
   const int part = (blocks + shape.parts - 1) / shape.parts, begin = static_cast<int>(blockIdx.y) * part;
   const int end = min(blocks, begin + part);
   // Whole warps, for settle.
@@ -648,6 +664,97 @@ __global__ void __maxnreg__((registers<gated, as_values>()))
       settle<metric, adaptive, gated, as_values>(q, shared, x, stash, first + __ffs(left) - 1, to);
     }
   }
+}
+
+// --- few rows ---
+
+constexpr int kMaxRowWarps = 32;  // of all CTAs of a cluster: a lane reads what each found
+constexpr int kMaxCluster = 8;    // CTAs that every chip with clusters takes
+
+// What each warp of a row's CTAs finds goes to all of these CTAs, through shared memory: the writes themselves count in
+// the receiver's barrier, where a barrier of the cluster would have every thread wait until its writes are everywhere.
+struct Exchange {
+  uint64_t arrived;
+  uint32_t largest[kMaxRowWarps];
+};
+
+#if defined(FOS_CLUSTERS)
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// All CTAs of the cluster run once this returns, and their barriers wait for `warps` numbers.
+__device__ __forceinline__ void open_exchange(Exchange& exchange, int warps) {
+  const uint32_t barrier = shared_address(&exchange.arrived);
+  if (threadIdx.x == 0) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(warps * 4) : "memory");
+  }
+  __cluster_barrier_arrive_relaxed();
+  __cluster_barrier_wait();
+}
+
+// The largest of what the threads of the cluster found. Nothing is written to a CTA that has all numbers: it may end.
+__device__ __forceinline__ uint32_t largest_of_cluster(Exchange& exchange, int warps, uint32_t own) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x) / kWarp;
+  const uint32_t found = __reduce_max_sync(~0u, own), barrier = shared_address(&exchange.arrived);
+  if (lane < static_cast<int>(gridDim.x)) {
+    uint32_t its_slot, its_barrier;
+    const uint32_t slot = shared_address(&exchange.largest[warp]);
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(its_slot) : "r"(slot), "r"(lane));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(its_barrier) : "r"(barrier), "r"(lane));
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(its_slot), "r"(found),
+        "r"(its_barrier)
+        : "memory");
+  }
+  uint32_t done = 0;
+  while (done == 0) {
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;\nselp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(barrier)
+        : "memory");
+  }
+  return __reduce_max_sync(~0u, lane < warps ? exchange.largest[lane] : 0u);
+}
+#endif
+
+// Per token, one block a thread, in registers while a cluster of CTAs finds the amax of its row: with too few rows to
+// fill the chip, a call takes as long as one thread does. (gridDim.x is the cluster, blockIdx.y the row.)
+template <Metric metric, bool adaptive, bool gated, bool as_values>
+__global__ void __maxnreg__((registers<gated, as_values>()))
+    quantize_few_rows(const __grid_constant__ Quantize q, const int scale_stride) {
+#if defined(FOS_CLUSTERS)
+  using Rounded = std::conditional_t<as_values, Numbers, Codes>;
+  __shared__ Exchange exchange;
+  const int warps = static_cast<int>(gridDim.x * blockDim.x) / kWarp;
+  open_exchange(exchange, warps);
+  const int64_t row = blockIdx.y;
+  const int blocks = static_cast<int>(q.columns / kBlock);
+  const int block = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  const void* x = input_row<gated>(q, row);
+  const Target to = target_of(q, row, row, blocks, scale_stride);
+  // Up to here the kernel before may still run.
+  cudaGridDependencySynchronize();
+  cudaTriggerProgrammaticLaunchCompletion();  // not before: CTAs of several calls would crowd on some multiprocessors
+  Raw raw = read<gated>(x, min(block, blocks - 1), blocks);  // the last one again does no harm
+  const uint32_t amax = largest_of_cluster(exchange, warps, largest_bits(magnitudes(raw)));
+  const GlobalScales global = global_scales(bits<float>(amax), q.recipe.encoded_amax);
+  if (block == 0) q.decode_scale[row] = stored_decode_scale(global);
+  const Row shared = row_of(global);
+  bool open = false;
+  if (block < blocks) {
+    Chosen<Rounded> chosen;
+    open = !choose<metric, adaptive>(shared, raw, chosen);
+    if (!open) write(to, block, chosen, raw);
+  }
+  for (uint32_t left = __ballot_sync(~0u, open); left != 0; left &= left - 1) {
+    settle<metric, adaptive, gated, as_values>(q, shared, x, nullptr, block / kWarp * kWarp + __ffs(left) - 1, to);
+  }
+#endif
 }
 
 // The largest magnitude of the tensor, or of each expert's rows, into zeroed memory.
@@ -690,23 +797,34 @@ __global__ void __launch_bounds__(kDequantizeThreads) dequantize_blocks(const __
 
 // --- launching ---
 
-using Kernel = void (*)(Quantize, const float*, Shape);
+struct Kernels {
+  void (*rows)(Quantize, const float*, Shape);
+  void (*few_rows)(Quantize, int);
+};
+
+template <Metric metric, bool adaptive, bool gated, bool as_values>
+constexpr Kernels kKernels = {quantize_rows<metric, adaptive, gated, as_values>,
+                              quantize_few_rows<metric, adaptive, gated, as_values>};
 
 template <bool gated, bool as_values>
-Kernel kernel_of(const Recipe& recipe) {
-  if (!recipe.adaptive) return quantize_rows<Metric::mse, false, gated, as_values>;
-  if (recipe.metric == Metric::mse) return quantize_rows<Metric::mse, true, gated, as_values>;
-  if (recipe.metric == Metric::mae) return quantize_rows<Metric::mae, true, gated, as_values>;
-  return quantize_rows<Metric::abs_max, true, gated, as_values>;
+Kernels kernels_of(const Recipe& recipe) {
+  if (!recipe.adaptive) return kKernels<Metric::mse, false, gated, as_values>;
+  if (recipe.metric == Metric::mse) return kKernels<Metric::mse, true, gated, as_values>;
+  if (recipe.metric == Metric::mae) return kKernels<Metric::mae, true, gated, as_values>;
+  return kKernels<Metric::abs_max, true, gated, as_values>;
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// From the scales of four blocks to those of the next four.
+int scale_stride(const Quantize& q) { return 4 * static_cast<int>(tile_rows(q.layout)); }
+
+constexpr int64_t kMultiprocessors = 132, kResidentThreads = kMultiprocessors * 32 * kWarp;  // of an H200
 
 // With many rows a thread takes as many blocks as leave the rows in flight in the L1 between finding their amax and
 // reading them again, so that what is computed once a row and warp weighs little. With fewer rows it takes fewer, until
 // a row has a thread for every block, and then several CTAs.
 Shape shape_of(const Quantize& q) {
-  constexpr int64_t kMultiprocessors = 132, kResidentThreads = kMultiprocessors * 32 * kWarp;  // of an H200
   constexpr int64_t kBytesInL1 = 128;  // a thread
   const int64_t blocks = q.columns / kBlock, rows = q.rows > 0 ? q.rows : 1;
   const int64_t bytes = kBlock * size_of(kDtype) * (q.gated ? 2 : 1);
@@ -720,7 +838,7 @@ Shape shape_of(const Quantize& q) {
   const int64_t most = ceil_div(blocks, kThreads), spare = kMultiprocessors / rows;
   shape.parts = static_cast<int>(most < spare ? most : spare);
   shape.parts = shape.parts > 1 ? shape.parts : 1;
-  shape.scale_stride = 4 * static_cast<int>(tile_rows(q.layout));
+  shape.scale_stride = scale_stride(q);
   constexpr int64_t kSharedMemory = 48 << 10;
   const int64_t stash = q.columns * size_of(kDtype);
   const bool twice = q.gated && q.scope == Scope::token && q.amax == nullptr;
@@ -728,9 +846,57 @@ Shape shape_of(const Quantize& q) {
   return shape;
 }
 
+// How quantize_few_rows spreads a row; without CTAs where it does not serve.
+struct Cluster {
+  int ctas, threads;
+};
+
+// As many CTAs a row as there are multiprocessors for, while all blocks find room on the chip at once (gated: while it
+// is faster on an H200). Powers of two, as they never round a row up to more warps than can exchange what they find;
+// and at least two, as outside of a cluster there is no exchange.
+Cluster cluster_of(const Quantize& q) {
+  constexpr int64_t kFewRows = 2 * kMultiprocessors;
+  const int64_t blocks = q.columns / kBlock, warps = ceil_div(blocks, kWarp);
+  if (q.scope != Scope::token || q.amax != nullptr || q.rows == 0 || q.rows > kFewRows) return {};
+  const int64_t room = q.gated ? kMultiprocessors * 14 * kWarp : kResidentThreads;
+  if (warps > kMaxRowWarps || q.rows * blocks > room) return {};
+  const int64_t spare = kMultiprocessors / q.rows;
+  const int64_t most = spare >= kMaxCluster ? kMaxCluster : (spare >= 4 ? 4 : 2);
+  const int64_t each = ceil_div(warps, most), ctas = ceil_div(warps, each);
+  return {static_cast<int>(ctas < 2 ? 2 : ctas), static_cast<int>(each) * kWarp};
+}
+
+// Whether the current device has clusters of CTAs.
+bool has_clusters() {
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+}
+
+cudaError_t launch(void (*kernel)(Quantize, int), const Quantize& q, const Cluster& cluster, cudaStream_t stream) {
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {static_cast<unsigned>(cluster.ctas), 1, 1};
+  // It may start before the kernel before has ended, and waits for it before it touches memory.
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(cluster.ctas), static_cast<unsigned>(q.rows));
+  config.blockDim = dim3(static_cast<unsigned>(cluster.threads));
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  return cudaLaunchKernelEx(&config, kernel, q, scale_stride(q));
+}
+
 }  // namespace
 
 cudaError_t FOS_ENTRY(quantize)(const Quantize& q, float* workspace, cudaStream_t stream) {
+  const Kernels kernels =
+      q.gated ? (q.values ? kernels_of<true, true>(q.recipe) : kernels_of<true, false>(q.recipe))
+              : (q.values ? kernels_of<false, true>(q.recipe) : kernels_of<false, false>(q.recipe));
+  const Cluster cluster = cluster_of(q);
+  if (cluster.ctas > 0 && has_clusters()) return launch(kernels.few_rows, q, cluster, stream);
   Shape shape = shape_of(q);
   const int threads = shape.group * shape.groups;
   const float* amax = q.amax;
@@ -747,11 +913,9 @@ cudaError_t FOS_ENTRY(quantize)(const Quantize& q, float* workspace, cudaStream_
     amax = workspace;
     shape.backwards = true;
   }
-  const Kernel kernel = q.gated ? (q.values ? kernel_of<true, true>(q.recipe) : kernel_of<true, false>(q.recipe))
-                                : (q.values ? kernel_of<false, true>(q.recipe) : kernel_of<false, false>(q.recipe));
   // Without rows one CTA still writes the decode scales.
   const dim3 grid(static_cast<unsigned>(ceil_div(q.rows > 0 ? q.rows : 1, shape.groups)), shape.parts);
-  kernel<<<grid, threads, shape.stash * static_cast<unsigned>(shape.groups), stream>>>(q, amax, shape);
+  kernels.rows<<<grid, threads, shape.stash * static_cast<unsigned>(shape.groups), stream>>>(q, amax, shape);
   return cudaGetLastError();
 }
 

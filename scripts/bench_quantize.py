@@ -5,10 +5,10 @@ python scripts/bench_quantize.py [--device cpu|cuda] [--json FILE] [--compiled-r
 On a CPU: all linear weights of SmolLM2-135M per tensor, and activations per token; median of 5 runs after a warm-up.
 
 On a GPU: large tensors, and few rows as while decoding. Calls are replayed from CUDA graphs over inputs that together
-exceed the L2 several times, so that it is cold; median of the replays. A decoder's activations come from the kernel
-before, and a graph of few inputs shows that too ("input in L2"). "of copy" is the time a copy of as many bytes
-(read and written) takes in the same run, over the call's: 1 is the memory's speed. ``--compiled-reference`` times
-torch.compile of the specification beside it.
+exceed the L2 several times, or that something else has driven out of it, so that it is cold; median of the replays. A
+decoder's activations come from the kernel before, and a graph of few inputs shows that too ("input in L2"). "of copy"
+is the time a copy of as many bytes (read and written) takes in the same run, over the call's: 1 is the memory's speed.
+``--compiled-reference`` times torch.compile of the specification beside it.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ RUNS = 5
 REPLAYS = 15
 COLD_BYTES = 400 << 20
 """Distinct input a graph goes through: several times the largest L2."""
+FEW_ROWS_CALLS = 200
+"""Calls of a graph over few rows: as in a decoder's, what starting the graph takes is shared by many."""
 
 Row = dict[str, Any]
 
@@ -68,25 +70,29 @@ def cpu_rows() -> list[Row]:
     return found
 
 
-def graph_seconds(call: Callable[[Tensor], object], inputs: Sequence[Tensor]) -> float:
-    """Seconds of one call: a graph holds one for each input."""
+def graph_seconds(
+    call: Callable[[Tensor], object], inputs: Sequence[Tensor], calls: int, evict: Tensor | None = None
+) -> float:
+    """Seconds of one call: a graph holds ``calls``, over the inputs in turn. ``evict`` is read before each replay."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         call(inputs[0])
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for x in inputs:
+        for x in itertools.islice(itertools.cycle(inputs), calls):
             call(x)
     graph.replay()
     times = []
     for _ in range(REPLAYS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if evict is not None:
+            evict.max()
         start.record()
         graph.replay()
         end.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / len(inputs))
+        times.append(start.elapsed_time(end) / 1e3 / calls)
     return float(statistics.median(times))
 
 
@@ -136,14 +142,16 @@ def cuda_rows(compiled_reference: bool) -> list[Row]:
         factor: int,
         call: Callable[[Tensor], object],
         dtype: torch.dtype,
-        most_inputs: int = 200,
+        few_inputs: int | None = None,
+        evict: Tensor | None = None,
     ) -> None:
         rows, columns = shape
         bytes_in = rows * columns * factor * dtype.itemsize
-        count = min(max(2, -(-COLD_BYTES // bytes_in)), most_inputs)
+        count = few_inputs or max(2, -(-COLD_BYTES // bytes_in))
         inputs = [torch.randn(rows, columns * factor, device="cuda", dtype=dtype) for _ in range(count)]
         moved = bytes_in + sum(t.nbytes for t in results(call(inputs[0])))
-        seconds = graph_seconds(call, inputs)
+        calls = count if few_inputs is None else FEW_ROWS_CALLS
+        seconds = graph_seconds(call, inputs, calls, evict)
         found.append(
             {
                 "what": f"{rows} x {columns} {str(dtype)[6:]}, {what}",
@@ -167,12 +175,13 @@ def cuda_rows(compiled_reference: bool) -> list[Row]:
         lambda x: torch.ops.fouroversix.quantize_experts(x, offsets, None, key, "row_major"),
         torch.bfloat16,
     )
-    for rows, columns in itertools.product((1, 8, 64), (4096, 8192, 14336)):
+    filler = torch.zeros(COLD_BYTES // 8, device="cuda", dtype=torch.int64)
+    for rows, columns in itertools.product((1, 8, 16, 32, 64), (4096, 8192, 14336)):
         for what, call in (
             ("per token", lambda x: torch.ops.fouroversix.quantize(x, None, "token", key)),
             ("exact bf16, per token", lambda x: torch.ops.fouroversix.quantize_values(x, None, key)),
         ):
-            add(f"{what}, cold", (rows, columns), 1, call, torch.bfloat16)
+            add(f"{what}, cold", (rows, columns), 1, call, torch.bfloat16, FEW_ROWS_CALLS, filler)
             add(f"{what}, input in L2", (rows, columns), 1, call, torch.bfloat16, 8)
     if compiled_reference:
         compiled = torch.compile(lambda x: results(reference.quantize(x, Recipe(), "token")), dynamic=False)

@@ -91,6 +91,72 @@ def test_graph_replay_or_compilation_changes_a_byte(call: Callable[[Tensor], tup
         assert_same_tensor("compiled", actual, expected)
 
 
+SHAPES = [(1, 16), (1, 14336), (3, 16384), (3, 16400), (17, 1040), (40, 6160), (64, 14336), (264, 528), (265, 528)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_how_a_row_is_spread_over_threads_changes_a_byte(rows: int, columns: int, dtype: torch.dtype) -> None:
+    x = mixed_magnitudes(rows, columns, seed=3, spread=2).to(dtype).cuda()
+    if rows > 2:  # the first and the last value a row has, which different CTAs find
+        x[0, -1], x[1, 0], x[2] = torch.nan, -torch.inf, 0
+    for recipe in (Recipe(), Recipe("mae", 448), Recipe("abs_max"), Recipe("mse", 448, adaptive=False)):
+        for layout in ("row_major", "128x4", "8x4"):
+            check_operator("quantize", x, recipe, "token", None, layout, False, None)
+        check_operator("quantize_values", x, recipe, None, False)
+        if columns % 32 == 0:
+            check_operator("quantize", x, recipe, "token", None, "row_major", True, None)
+            check_operator("quantize_values", x, recipe, None, True)
+
+
+def check_operator(name: str, *arguments: Any) -> None:
+    actual, expected = getattr(cuda, name)(*arguments), getattr(reference_operators, name)(*arguments)
+    for number, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        if name == "quantize_values" and number == 0:  # which of the NaNs is no promise
+            assert_same_tensor("NaN", a.isnan(), e.isnan())
+            a, e = a.nan_to_num(nan=9.0), e.nan_to_num(nan=9.0)
+        assert_same_tensor(f"{name} {arguments[1:]}, result {number}", a, e)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_call_begins_before_its_input_is_there_or_is_overtaken(captured: bool) -> None:
+    values = [mixed_magnitudes(4, 4096, seed=seed, spread=2).cuda() for seed in range(3)]
+    expected = [cuda.quantize(x, Recipe(), "token", None, "128x4", False, None) for x in values]
+    x, side = torch.zeros_like(values[0]), torch.cuda.Stream()
+
+    def calls() -> list[tuple[Tensor, ...]]:
+        main = torch.cuda.current_stream()
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(200_000)
+            x.copy_(values[0])
+        main.wait_stream(side)  # after another stream's work and this one's
+        found = [cuda.quantize(x, Recipe(), "token", None, "128x4", False, None)]
+        torch.cuda._sleep(200_000)
+        x.copy_(values[1])  # after a copy
+        found.append(cuda.quantize(x, Recipe(), "token", None, "128x4", False, None))
+        torch.cuda._sleep(200_000)
+        torch.add(values[2], 0, out=x)  # after a kernel, and another call after it
+        found += [cuda.quantize(x, Recipe(), "token", None, "128x4", False, None) for _ in range(2)]
+        x.zero_()
+        return found
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        graph = torch.cuda.CUDAGraph()
+        if captured:
+            with torch.cuda.graph(graph):
+                found = calls()
+        for _ in range(10):
+            if captured:
+                graph.replay()
+            else:
+                found = calls()
+            torch.cuda.synchronize()
+            for results, number in zip(found, (0, 1, 2, 2), strict=True):
+                for a, e in zip(results, expected[number], strict=True):
+                    assert_same_tensor(f"call {number}", a, e)
+
+
 def test_a_call_waits_for_the_gpu() -> None:
     x = torch.randn(64, 4096, device="cuda", dtype=torch.bfloat16)
     offsets = torch.tensor([0, 10, 64], device="cuda", dtype=torch.int32)
