@@ -440,6 +440,10 @@ def fresh_dynamo() -> Any:
     torch._dynamo.reset()
 
 
+def test_what_marks_a_constant_is_no_longer_what_torch_marks_it_with() -> None:
+    assert vars(torch.compiler.assume_constant_result(lambda: None)) == vars(kernels._cuda_reason)
+
+
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_compiled_code_has_the_bytes_of_eager_code() -> None:
     w, recipe = weight(32, 64), Recipe("mae", 448)

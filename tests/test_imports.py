@@ -117,6 +117,12 @@ def test_an_engine_is_imported_only_at_the_edge(module: str) -> None:
     assert misplaced == []
 
 
+def test_starting_imports_a_compiler() -> None:
+    script = "import sys, fouroversix_plugin.checkpoint; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "False\n", "it costs every command a second"
+
+
 def test_the_entry_point_imports_the_engine_only_when_called() -> None:
     # `fouroversix_plugin.serving.vllm:register` is loaded in every process of a server.
     at_top = [

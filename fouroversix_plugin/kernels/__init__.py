@@ -40,6 +40,15 @@ class Backend:
     moe: Callable[..., Tensor]
 
 
+Reason = Callable[[], str | None]
+
+
+def _constant_to_compilers(reason: Reason) -> Reason:
+    """``torch.compiler.assume_constant_result`` without importing Dynamo, which takes a second of every start."""
+    reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return reason
+
+
 def _cpu_unsupported(op: Op, scheme: str, shape: Sequence[int], device: torch.device) -> str | None:
     return None if device.type == "cpu" else f"tensors are on {device.type}, not on the CPU"
 
@@ -52,7 +61,7 @@ def _cuda_unsupported(op: Op, scheme: str, shape: Sequence[int], device: torch.d
     return _cuda_reason() if device.type == "cuda" else f"tensors are on {device.type}, not on a CUDA device"
 
 
-@torch.compiler.assume_constant_result
+@_constant_to_compilers
 def _cuda_reason() -> str | None:
     """Why there are no CUDA kernels. This compiles them, if nobody has: the call that follows needs them."""
     return build.load("cuda")
@@ -62,7 +71,7 @@ def _triton_unsupported(op: Op, scheme: str, shape: Sequence[int], device: torch
     return _triton_reason() if device.type == "cuda" else f"tensors are on {device.type}, not on a CUDA device"
 
 
-@torch.compiler.assume_constant_result
+@_constant_to_compilers
 def _triton_reason() -> str | None:
     return triton.reason()
 
