@@ -14,12 +14,12 @@ from torch import Tensor
 from fouroversix_plugin import tables
 from fouroversix_plugin.checkpoint import Checkpoint, CheckpointError, LoadedCheckpoint, load_checkpoint
 from fouroversix_plugin.checkpoint.plan import group_of
-from fouroversix_plugin.checkpoint.sources import Matrix, Source, nonfinite
+from fouroversix_plugin.checkpoint.sources import Matrix, Source
 from fouroversix_plugin.functional import dequantize, quantize
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
 from fouroversix_plugin.recipe import Recipe
 from fouroversix_plugin.reference import row_amax
-from fouroversix_plugin.weights import check_full_precision
+from fouroversix_plugin.weights import check_full_precision, nonfinite
 
 SCHEMA_VERSION: Final = 1
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fouroversix_plugin.nvfp4 import padded_scale_shape, scales_from_layout
-from fouroversix_plugin.recipe import BLOCK_SIZE, QUANT_METHOD, Metric, Recipe, Scheme
+from fouroversix_plugin.recipe import BLOCK_SIZE, QUANT_METHOD, Metric, Recipe, Scheme, mapping_at, strings_at
 from fouroversix_plugin.reference import global_scales
 
 Part = Literal["packed", "block_scale", "decode_scale", "input_scale", "metadata"]
@@ -176,7 +176,7 @@ def quantization_block(
     for holder in (config, text if isinstance(text, Mapping) else {}):
         for key in ("quantization_config", "compression_config"):
             if holder.get(key) is not None:
-                block: Mapping[str, Any] = _mapping(holder[key], key)
+                block: Mapping[str, Any] = mapping_at(holder[key], key)
                 return block
     if hf_quant_config is None:
         return None
@@ -216,7 +216,7 @@ def _modelopt(block: Mapping[str, Any]) -> Stored | None:
     where = "quantization_config"
     settings = block
     if "quantization" in block:
-        settings, where = _mapping(block["quantization"], "quantization"), "quantization"
+        settings, where = mapping_at(block["quantization"], "quantization"), "quantization"
     algorithm = settings.get("quant_algo")
     if algorithm not in ("NVFP4", "W4A16_NVFP4"):
         if "NVFP4" in str(algorithm) or algorithm == "MIXED_PRECISION":
@@ -234,20 +234,20 @@ def _modelopt(block: Mapping[str, Any]) -> Stored | None:
         weights=_PLAIN,
         activations=None if algorithm == "W4A16_NVFP4" or (groups and weight_only) else _PLAIN,
         input_scale="static",
-        ignore=_subtrees(_strings(settings.get(key) or [], f"{where}.{key}")),
+        ignore=_subtrees(strings_at(settings.get(key) or [], f"{where}.{key}")),
     )
     return Stored(MODELOPT, scheme, labelled=False)
 
 
 def _compressed_tensors(block: Mapping[str, Any]) -> Stored | None:
     where = "quantization_config"
-    groups = _mapping(block.get("config_groups") or {}, f"{where}.config_groups")
+    groups = mapping_at(block.get("config_groups") or {}, f"{where}.config_groups")
     if block.get("format") != "nvfp4-pack-quantized":
         return None
     if len(groups) != 1:
         raise ValueError(f"{where}.config_groups: got {sorted(groups)}, needed exactly one group, of NVFP4")
     (name, group), where = next(iter(groups.items())), f"{where}.config_groups"
-    group = _mapping(group, f"{where}.{name}")
+    group = mapping_at(group, f"{where}.{name}")
     if group.get("targets") != ["Linear"]:
         raise ValueError(f"{where}.{name}.targets: got {group.get('targets')!r}, needed ['Linear']")
     needed = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": BLOCK_SIZE, "symmetric": True}
@@ -255,7 +255,7 @@ def _compressed_tensors(block: Mapping[str, Any]) -> Stored | None:
         arguments = group.get(part)
         if part == "input_activations" and arguments is None:
             continue
-        arguments = _mapping(arguments, f"{where}.{name}.{part}")
+        arguments = mapping_at(arguments, f"{where}.{name}.{part}")
         for key, value in needed.items():
             if arguments.get(key, value) != value:
                 raise ValueError(f"{where}.{name}.{part}.{key}: got {arguments[key]!r}, needed {value!r}")
@@ -263,7 +263,7 @@ def _compressed_tensors(block: Mapping[str, Any]) -> Stored | None:
         weights=_PLAIN,
         activations=None if group.get("input_activations") is None else _PLAIN,
         input_scale="static",
-        ignore=_strings(block.get("ignore") or [], "quantization_config.ignore"),
+        ignore=strings_at(block.get("ignore") or [], "quantization_config.ignore"),
     )
     return Stored(COMPRESSED_TENSORS, scheme, labelled=False)
 
@@ -281,7 +281,7 @@ def _fouroversix(block: Mapping[str, Any]) -> Stored:
         _rule(block.get(key) or block.get("scale_rule", "mse"), f"{where}.{key}")
         for key in ("weight_scale_rule", "activation_scale_rule")
     )
-    names = _strings(block.get("modules_to_not_convert") or [], f"{where}.modules_to_not_convert")
+    names = strings_at(block.get("modules_to_not_convert") or [], f"{where}.modules_to_not_convert")
     # transformers matches such a name as a whole or as the end of a longer one.
     ignore = _subtrees((*names, *(f"*.{name}" for name in names)))
     return Stored(FOUROVERSIX, Scheme(weights=weights, activations=activations, ignore=ignore), labelled=True)
@@ -322,15 +322,3 @@ def as_dtype(name: str, tensor: Tensor, needed: torch.dtype, *same_bytes: torch.
 def _check_shape(name: str, tensor: Tensor, needed: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != needed:
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, needed {needed}")
-
-
-def _mapping(value: object, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{where}: got {value!r}, needed an object")
-    return value
-
-
-def _strings(value: object, where: str) -> tuple[str, ...]:
-    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) and item for item in value):
-        raise ValueError(f"{where}: got {value!r}, needed a list of non-empty strings")
-    return tuple(value)

@@ -88,7 +88,7 @@ class Recipe:
     @staticmethod
     def from_dict(config: object, where: str = "recipe") -> Recipe:
         """Read a recipe strictly: exactly the four keys, exactly their types."""
-        config = _mapping(config, where)
+        config = mapping_at(config, where)
         _exact_keys(config, where, required=("metric", "scale_max", "adaptive", "error"))
         return _recipe_at(config, where)
 
@@ -164,7 +164,7 @@ class Scheme:
                 guessed and nothing has a default, except ``producer``, which only a written checkpoint has.
         """
         where = "quantization_config"
-        config = _mapping(config, where)
+        config = mapping_at(config, where)
         required = ("quant_method", "format_version", "group_size", "weights", "activations", "ignore")
         _exact_keys(config, where, required=required, optional=("producer",))
         _one_of(f"{where}.quant_method", config["quant_method"], (QUANT_METHOD,))
@@ -175,7 +175,7 @@ class Scheme:
             weights=Recipe.from_dict(config["weights"], f"{where}.weights"),
             activations=activations,
             input_scale=input_scale,
-            ignore=_strings(config["ignore"], f"{where}.ignore"),
+            ignore=strings_at(config["ignore"], f"{where}.ignore"),
             producer=_producer(config.get("producer", {}), f"{where}.producer"),
         )
 
@@ -187,13 +187,13 @@ class Scheme:
         replaces the preset's. A checkpoint never holds it.
         """
         where = "quantization_config"
-        config = _mapping(config, where)
+        config = mapping_at(config, where)
         if "recipe" not in config:
             return Scheme.from_dict(config)
         _exact_keys(config, where, required=("quant_method", "recipe"), optional=("ignore",))
         _one_of(f"{where}.quant_method", config["quant_method"], (QUANT_METHOD,))
         scheme = preset(config["recipe"])
-        return replace(scheme, ignore=_strings(config["ignore"], f"{where}.ignore")) if "ignore" in config else scheme
+        return replace(scheme, ignore=strings_at(config["ignore"], f"{where}.ignore")) if "ignore" in config else scheme
 
     def ignores(self, name: str, shards: Sequence[str] = ()) -> bool:
         """Whether the module ``name`` is left unquantized.
@@ -260,7 +260,7 @@ def _recipe_at(config: Mapping[str, Any], where: str) -> Recipe:
 def _activations(config: object, where: str) -> tuple[Recipe | None, InputScale]:
     if config is None:
         return None, "token"
-    config = _mapping(config, where)
+    config = mapping_at(config, where)
     _exact_keys(config, where, required=("metric", "scale_max", "adaptive", "error", "granularity"))
     if config["granularity"] == "tensor":
         raise ValueError(
@@ -280,14 +280,15 @@ def _check_pattern(pattern: str) -> None:
 
 
 def _producer(value: object, where: str) -> dict[str, str]:
-    producer = _mapping(value, where)
+    producer = mapping_at(value, where)
     for key, text in producer.items():
         if not isinstance(text, str):
             raise ValueError(f"{where}.{key}: got {text!r}, needed a string")
     return dict(producer)
 
 
-def _mapping(value: object, where: str) -> Mapping[str, Any]:
+def mapping_at(value: object, where: str) -> Mapping[str, Any]:
+    """``value``, which must be a JSON object; ``where`` it stands is for the error."""
     if not isinstance(value, Mapping):
         raise ValueError(f"{where}: got {value!r}, needed an object")
     for key in value:
@@ -296,7 +297,8 @@ def _mapping(value: object, where: str) -> Mapping[str, Any]:
     return value
 
 
-def _strings(value: object, where: str) -> tuple[str, ...]:
+def strings_at(value: object, where: str) -> tuple[str, ...]:
+    """``value``, which must be a list of non-empty strings; ``where`` it stands is for the error."""
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) and item for item in value):
         raise ValueError(f"{where}: got {value!r}, needed a list of non-empty strings")
     return tuple(value)

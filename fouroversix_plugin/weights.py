@@ -49,6 +49,11 @@ def check_full_precision(name: str, dtype: torch.dtype) -> None:
         raise ValueError(f"{name}: got {dtype}, needed one of {needed}; it is quantized already")
 
 
+def nonfinite(x: Tensor) -> Tensor:
+    """Indices of the values of x that are NaN or infinite."""
+    return (~torch.isfinite(x)).nonzero()
+
+
 def quantize_weight(
     name: str, weight: Tensor, recipe: Recipe, reduce_max: Callable[[Tensor], Tensor] | None = None
 ) -> NVFP4Tensor:
@@ -69,7 +74,7 @@ def quantize_weight(
     # Before the check: a rank that stopped here would leave the others waiting for it.
     amax = own if reduce_max is None else reduce_max(own.clone())
     if not bool(own.isfinite().all()):
-        bad = (~weight.isfinite()).nonzero()
+        bad = nonfinite(weight)
         raise ValueError(
             f"{name}.weight: got {len(bad)} NaN or infinite values, the first at {tuple(bad[0].tolist())}, needed "
             "finite weights; the checkpoint is damaged, or its values do not fit its dtype"

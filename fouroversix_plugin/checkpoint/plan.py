@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -235,10 +236,7 @@ def _parts(matrix: Matrix, spelled: Format) -> Iterator[Output]:
     for part, name in spelled.tensors(matrix.module):
         if part in shapes:
             dtype, itemsize = _DTYPE_OF_PART[part]
-            nbytes = itemsize
-            for size in shapes[part]:
-                nbytes *= size
-            yield Output(name, dtype, shapes[part], nbytes, matrix, part)
+            yield Output(name, dtype, shapes[part], itemsize * math.prod(shapes[part]), matrix, part)
 
 
 def _copy(name: str, stored: StoredTensor) -> Output:

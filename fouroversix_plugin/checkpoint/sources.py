@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-import torch
 from torch import Tensor
 
 from fouroversix_plugin.checkpoint.files import Checkpoint, CheckpointError, StoredTensor
@@ -184,11 +183,6 @@ class Source:
             for e in range(experts)
             for i, part in enumerate(parts)
         ]
-
-
-def nonfinite(x: Tensor) -> Tensor:
-    """Indices of the values of x that are NaN or infinite."""
-    return (~torch.isfinite(x)).nonzero()
 
 
 def _is_nvfp4(block: Mapping[str, Any]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -33,13 +34,14 @@ from fouroversix_plugin.checkpoint.files import (
     checked_path,
 )
 from fouroversix_plugin.checkpoint.plan import MAX_SHARD_SIZE, Output, Plan, Shard, group_of, make_plan
-from fouroversix_plugin.checkpoint.sources import Matrix, Source, nonfinite
+from fouroversix_plugin.checkpoint.sources import Matrix, Source
 from fouroversix_plugin.checkpoint.target import check_target, publish, published, unfinished, write_json, write_text
 from fouroversix_plugin.formats import COMPRESSED_TENSORS, MODELOPT, OURS, Part
 from fouroversix_plugin.kernels import select
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
 from fouroversix_plugin.recipe import BLOCK_SIZE, Scheme
 from fouroversix_plugin.reference import global_scales, row_amax
+from fouroversix_plugin.weights import nonfinite
 
 logger = logging.getLogger(__name__)
 
@@ -282,10 +284,7 @@ def _source_nbytes(plan: Plan, output: Output) -> int:
     if output.part != "packed":
         return 0
     stored = plan.source.checkpoint.tensors[output.matrix.tensor]
-    values = 1
-    for size in stored.shape:
-        values *= size
-    return output.matrix.rows * output.matrix.columns * stored.nbytes // max(values, 1)
+    return output.matrix.rows * output.matrix.columns * stored.nbytes // max(math.prod(stored.shape), 1)
 
 
 def _other_files(source: Path) -> list[Path]:
