@@ -13,10 +13,9 @@
 #include <vector>
 
 #include "operands.h"
+#include "tensors.h"
 
 #if defined(FOS_CUDA)
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-
 #include "cuda.h"
 #else
 #include "cpu.h"
@@ -25,47 +24,9 @@
 namespace fos {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-Dtype dtype_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::BFloat16: return Dtype::bf16;
-    case ScalarType::Half: return Dtype::fp16;
-    case ScalarType::Float: return Dtype::fp32;
-    default: STD_TORCH_CHECK(false, "got dtype ", static_cast<int>(type), ", needed bfloat16, float16 or float32");
-  }
-}
-
-void check(const Tensor& tensor, const char* name, ScalarType type, const Tensor& beside) {
-  STD_TORCH_CHECK(tensor.scalar_type() == type, name, ": got dtype ", static_cast<int>(tensor.scalar_type()),
-                  ", needed ", static_cast<int>(type));
-  STD_TORCH_CHECK(tensor.device() == beside.device(), name, ": on another device than the input");
-}
-
-// Contiguous, and where vectors of 16 bytes can be read: a view may begin anywhere.
-Tensor readable(Tensor tensor) {
-  tensor = torch::stable::contiguous(tensor);
-#if defined(FOS_CUDA)
-  if (reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 != 0) tensor = torch::stable::clone(tensor);
-#endif
-  return tensor;
-}
-
 // --- running ---
 
 #if defined(FOS_CUDA)
-
-cudaStream_t current_stream(const Tensor& tensor) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-void check_launch(cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, "fouroversix: ", cudaGetErrorString(error));
-}
 
 void run(Quantize& q, const Tensor& x) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());

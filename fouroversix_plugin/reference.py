@@ -16,6 +16,8 @@ Non-finite input has one pinned result, the same on every backend:
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -275,6 +277,9 @@ def linear(
 def _matmul(x: Tensor, w: NVFP4Tensor, activations: Recipe | None, amax: Tensor | None) -> Tensor:
     values, token_scale = (x, None) if activations is None else quantize_values(x, activations, amax)
     return scaled_matmul(values, unscaled(w.packed, w.block_scale), token_scale, w.row_decode_scale)
+
+
+Activation = Literal["silu", "gelu", "gelu_tanh"]
 
 
 def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:

@@ -13,8 +13,11 @@ from torch import Tensor
 
 from fouroversix_plugin import reference
 from fouroversix_plugin.kernels import build, ops, triton
+from fouroversix_plugin.kernels.hopper import batch_invariant
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
 from fouroversix_plugin.recipe import Recipe
+
+__all__ = ["Backend", "backends", "batch_invariant", "select"]
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +95,7 @@ def _moe(x: Tensor, w13: NVFP4Tensor, w2: NVFP4Tensor, *rest: object) -> Tensor:
 
 _BACKENDS = (
     Backend("cpu", _cpu_unsupported, ops.quantize, ops.dequantize, _linear, _moe),
-    # Its products are torch's, of activations that the kernels have quantized.
+    # Its products are compiled for Hopper; elsewhere they are torch's, of activations that the kernels have quantized.
     Backend("cuda", _cuda_unsupported, ops.quantize, ops.dequantize, _linear, _moe),
     # As above, but for the kernels.
     Backend(

@@ -48,6 +48,7 @@ _ISAS: Final = {
 }
 NVCC_STRICT: Final = ("-fmad=false", "-prec-div=true", "-prec-sqrt=true", "-ftz=false")
 _CUDA_DTYPES: Final = ("bf16", "fp16", "fp32")
+HOPPER: Final = (9, 0)
 
 
 class BuildError(RuntimeError):
@@ -246,6 +247,18 @@ def kernel_commands(compiler: str, architectures: Sequence[tuple[int, int]]) -> 
     return [(*common, f"-DFOS_DTYPE={dtype}", "-c", str(csrc() / "quantize.cu")) for dtype in _CUDA_DTYPES]
 
 
+def product_commands(compiler: str) -> list[tuple[str, ...]]:
+    """Commands that compile the products for Hopper, the only chip they are for; they lack only ``-o``."""
+    common = (compiler, "-std=c++20", "-O3", "-Xcompiler=-fPIC", *NVCC_STRICT, *architecture_flags(HOPPER), "-c")
+    kernels = [
+        (*common, str(csrc() / f"{source}_sm90.cu"), f"-DFOS_DTYPE={dtype}", f"-DFOS_OUTPUT={output}")
+        for source in ("gemm", "few")
+        for dtype in ("bf16", "fp16")
+        for output in ("linear", "gated", "fp32")
+    ]
+    return [*kernels, *((*common, str(csrc() / source)) for source in ("tiles_sm90.cu", "experts.cu", "launch_sm90.cpp"))]
+
+
 def _cuda_recipe() -> _Recipe:
     if torch.version.cuda is None:
         raise BuildError("this torch is built without CUDA")
@@ -258,6 +271,9 @@ def _cuda_recipe() -> _Recipe:
     include, libraries = _torch_flags()
     machine = tuple(flag for capability in capabilities for flag in architecture_flags(capability))
     bindings = (compiler, "-std=c++20", "-O2", "-Xcompiler=-fPIC", *include, "-DUSE_CUDA", "-DFOS_CUDA")
-    named = (*bindings, "-DFOS_LIBRARY=fouroversix_cuda", "-DFOS_KEY=CUDA", "-c", str(csrc() / "bindings.cpp"))
+    commands = kernel_commands(compiler, capabilities)
+    commands.append((*bindings, "-DFOS_LIBRARY=fouroversix_cuda", "-DFOS_KEY=CUDA", "-c", str(csrc() / "bindings.cpp")))
+    if HOPPER in capabilities:
+        commands += [*product_commands(compiler), (*bindings, "-c", str(csrc() / "bindings_sm90.cpp"))]
     link = (compiler, "-shared", "-cudart=static", *machine, *libraries, "-ltorch_cuda")
-    return _Recipe((*kernel_commands(compiler, capabilities), named), link)
+    return _Recipe(tuple(commands), link)

@@ -1,4 +1,6 @@
-"""The quantizer for CUDA tensors: compiled kernels where nvcc is, else Triton's, else torch operations; the same bytes.
+"""The CUDA backend: compiled kernels where nvcc is, else Triton's, else torch operations; the quantizers' bytes are one.
+
+Products are compiled for Hopper; see :mod:`fouroversix_plugin.kernels.hopper`.
 
 Nothing waits for the GPU, and no result's shape depends on values: every operator can be captured in a CUDA graph, once
 the kernels are loaded (a first call outside of the capture).
@@ -11,9 +13,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fouroversix_plugin.kernels import build, native, reference_operators, triton
+from fouroversix_plugin.kernels import build, hopper, native, reference_operators, triton
 from fouroversix_plugin.nvfp4 import ScaleLayout
 from fouroversix_plugin.recipe import Granularity, Recipe
+from fouroversix_plugin.reference import Activation
 
 
 def quantize(
@@ -42,6 +45,60 @@ def dequantize(packed: Tensor, block_scale: Tensor, decode_scale: Tensor, dtype:
     """:func:`fouroversix_plugin.reference.dequantize` of block scales as bytes, with a decode scale per row."""
     out: Tensor = _operators().dequantize(packed, block_scale, decode_scale, dtype)
     return out
+
+
+def prepare(packed: Tensor, block_scale: Tensor, dtype: torch.dtype, gated: bool) -> tuple[Tensor, Tensor]:
+    """As :func:`linear` and :func:`moe` want a weight for a model of ``dtype``: on Hopper in tiles, else as it is."""
+    if dtype in hopper.DTYPES and hopper.reason(packed.device) is None:
+        return hopper.prepare(packed, block_scale, gated)
+    return packed, block_scale
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    block_scale: Tensor | None,
+    decode_scale: Tensor,
+    token_scale: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """((x W^T) * token_scale) * decode_scale + bias in fp32, rounded to ``dtype``: [M, N].
+
+    ``weight`` and ``block_scale`` are as :func:`prepare` left them, or as stored, which is prepared in the call.
+    """
+    if block_scale is not None and weight.ndim == decode_scale.ndim + 1:
+        weight, block_scale = prepare(weight, block_scale, x.dtype, False)
+    if block_scale is None or weight.ndim == decode_scale.ndim + 1:
+        return reference_operators.linear(x, weight, block_scale, decode_scale, token_scale, bias, dtype)
+    return hopper.linear(x, weight, block_scale, decode_scale, token_scale, bias).to(dtype)
+
+
+def moe(
+    x: Tensor,
+    w13: Tensor,
+    w13_block_scale: Tensor | None,
+    w13_decode_scale: Tensor,
+    w2: Tensor,
+    w2_block_scale: Tensor | None,
+    w2_decode_scale: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    activations: Recipe | None,
+    activation: Activation,
+    apply_router_weight_on_input: bool,
+    input_amax: Tensor | None,
+    inner_amax: Tensor | None,
+) -> Tensor:
+    """:func:`fouroversix_plugin.reference.moe` on weights as :func:`prepare` left them, or as stored."""
+    rest = (topk_weights, topk_ids, activations, activation, apply_router_weight_on_input, input_amax, inner_amax)
+    if w13_block_scale is None or w2_block_scale is None:
+        raise ValueError(f"moe: got expanded experts on {x.device}, needed packed ones; only the CPU expands them")
+    if w13.ndim == w13_decode_scale.ndim + 1:
+        w13, w13_block_scale = prepare(w13, w13_block_scale, x.dtype, True)
+        w2, w2_block_scale = prepare(w2, w2_block_scale, x.dtype, False)
+    run = reference_operators.moe if w13.ndim == w13_decode_scale.ndim + 1 else hopper.moe
+    return run(x, w13, w13_block_scale, w13_decode_scale, w2, w2_block_scale, w2_decode_scale, *rest)
 
 
 def _operators() -> ModuleType:

@@ -28,8 +28,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fouroversix_plugin import reference
-from fouroversix_plugin.kernels import cpu, cuda, reference_operators, triton
+from fouroversix_plugin.kernels import cpu, cuda, hopper, reference_operators, triton
 from fouroversix_plugin.nvfp4 import NVFP4Tensor, ScaleLayout, padded_scale_shape
 from fouroversix_plugin.recipe import BLOCK_SIZE, Granularity, Recipe
 
@@ -70,37 +69,56 @@ class PreparedWeight:
     """A weight [..., N, K] as its device's operators want it.
 
     Args:
-        weight: packed uint8 [..., N, K/2], or on the CPU in strips [..., N/16, K/16, 8, 16]; or, without block scales,
-            e2m1 * block_scale [..., N, K].
-        block_scale: E4M3 bytes of a packed weight, uint8 [..., N, K/16], or in strips [..., N/16, K/16, 16]; else None.
+        weight: packed uint8 [..., N, K/2]; on the CPU in strips [..., N/16, K/16, 8, 16], on Hopper in tiles
+            [..., N/128, K/64, 4096]; or, without block scales, e2m1 * block_scale [..., N, K].
+        block_scale: E4M3 bytes of a packed weight, uint8 [..., N, K/16], or in strips [..., N/16, K/16, 16]; in tiles
+            [..., N/128, K/64, 512] with exponents of another bias; else None.
         decode_scale: float32 [..., N].
+        columns: K, which tiles fill up; only :func:`unprepare_weight` asks.
+        gated: that rows of tiles are 8 of gate and 8 of up in turn.
     """
 
     weight: Tensor
     block_scale: Tensor | None
     decode_scale: Tensor
+    columns: int = 0
+    gated: bool = False
 
 
-def prepare_weight(q: NVFP4Tensor, dtype: torch.dtype) -> PreparedWeight:
-    """One-time change of a weight for a model of ``dtype``: shuffled on CPU (expanded without a compiler)."""
+def prepare_weight(q: NVFP4Tensor, dtype: torch.dtype, gated: bool = False) -> PreparedWeight:
+    """One-time change of a weight for a model of ``dtype``: shuffled for the device (or expanded, on CPU alone).
+
+    Args:
+        q: [..., N, K].
+        dtype: of the activations.
+        gated: for the first product of a mixture of experts, whose rows are those of gate, then those of up.
+    """
     stored = as_stored(q)
-    if q.device.type != "cpu":
+    assert stored.block_scale is not None
+    if q.device.type == "cpu":
+        weight, block_scale = cpu.prepare(stored.weight, stored.block_scale, dtype)
+    elif q.device.type == "cuda":
+        weight, block_scale = cuda.prepare(stored.weight, stored.block_scale, dtype, gated)
+    else:
         return stored
-    weight, block_scale = cpu.prepare(stored.weight, q.block_scale.view(torch.uint8), dtype)
-    return PreparedWeight(weight, block_scale, stored.decode_scale)
+    return PreparedWeight(weight, block_scale, stored.decode_scale, q.shape[-1], gated)
 
 
 def unprepare_weight(w: PreparedWeight) -> NVFP4Tensor:
     """The weight that :func:`prepare_weight` was given, with a decode scale per row.
+
+    On Hopper, codes under a block scale of 0 come back without their magnitude.
 
     Raises:
         ValueError: an expanded weight: its codes are gone.
     """
     if w.block_scale is None:
         raise ValueError(f"weight: got {w.weight.dtype} without block scales, needed packed codes")
-    packed, block_scale = w.weight, w.block_scale
-    if packed.ndim > w.decode_scale.ndim + 1:
-        packed, block_scale = cpu.from_strips(packed, block_scale, w.decode_scale.shape[-1])
+    packed, block_scale, rows = w.weight, w.block_scale, w.decode_scale.shape[-1]
+    if packed.ndim == w.decode_scale.ndim + 3:
+        packed, block_scale = cpu.from_strips(packed, block_scale, rows)
+    elif packed.ndim == w.decode_scale.ndim + 2:
+        packed, block_scale = hopper.restore(packed, block_scale, rows, w.columns, w.gated)
     return NVFP4Tensor(packed, block_scale.view(torch.float8_e4m3fn), w.decode_scale)
 
 
@@ -246,86 +264,21 @@ _register("CUDA", triton, _triton_library)
 _register("CompositeExplicitAutograd", reference_operators)
 
 
-# --- what runs: products of CPU tensors ---
+# --- what runs: the products, on every device ---
 
 
-def _cpu_moe(
-    x: Tensor,
-    w13: Tensor,
-    w13_block_scale: Tensor | None,
-    w13_decode_scale: Tensor,
-    w2: Tensor,
-    w2_block_scale: Tensor | None,
-    w2_decode_scale: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    activations: str | None,
-    *rest: Any,
-) -> Tensor:
-    recipe = None if activations is None else Recipe.from_key(activations)
-    w13_parts, w2_parts = (w13, w13_block_scale, w13_decode_scale), (w2, w2_block_scale, w2_decode_scale)
-    return cpu.moe(x, *w13_parts, *w2_parts, topk_weights, topk_ids, recipe, *rest)
+def _moe_of(backend: Any) -> Callable[..., Tensor]:
+    def run(*operands: Any) -> Tensor:
+        recipe = None if operands[9] is None else Recipe.from_key(operands[9])
+        out: Tensor = backend.moe(*operands[:9], recipe, *operands[10:])
+        return out
+
+    return run
 
 
-# --- what runs: products on every other device ---
-
-
-def _tensor(packed: Tensor, block_scale: Tensor, decode_scale: Tensor) -> NVFP4Tensor:
-    return NVFP4Tensor(packed, block_scale.view(torch.float8_e4m3fn), decode_scale)
-
-
-def _linear(
-    x: Tensor,
-    weight: Tensor,
-    block_scale: Tensor | None,
-    decode_scale: Tensor,
-    token_scale: Tensor | None,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    values = weight if block_scale is None else reference.unscaled(weight, block_scale.view(torch.float8_e4m3fn))
-    y = reference.scaled_matmul(x, values, token_scale, decode_scale)
-    return (y if bias is None else y + bias.float()).to(dtype)
-
-
-def _moe(
-    x: Tensor,
-    w13: Tensor,
-    w13_block_scale: Tensor | None,
-    w13_decode_scale: Tensor,
-    w2: Tensor,
-    w2_block_scale: Tensor | None,
-    w2_decode_scale: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    activations: str | None,
-    activation: str,
-    apply_router_weight_on_input: bool,
-    input_amax: Tensor | None,
-    inner_amax: Tensor | None,
-) -> Tensor:
-    if w13_block_scale is None or w2_block_scale is None:
-        raise ValueError(f"moe: got expanded experts on {x.device}, needed packed ones; only the CPU expands them")
-    return reference.moe(
-        x,
-        _tensor(w13, w13_block_scale, w13_decode_scale),
-        _tensor(w2, w2_block_scale, w2_decode_scale),
-        topk_weights,
-        topk_ids,
-        None if activations is None else Recipe.from_key(activations),
-        activation,
-        apply_router_weight_on_input,
-        input_amax,
-        inner_amax,
-    )
-
-
-for _name, _on_cpu, _elsewhere in (
-    ("linear", cpu.linear, _linear),
-    ("moe", _cpu_moe, _moe),
-):
-    _library.impl(_name, _on_cpu, "CPU")
-    _library.impl(_name, _elsewhere, "CompositeExplicitAutograd")
+for _key, _backend in (("CPU", cpu), ("CUDA", cuda), ("CompositeExplicitAutograd", reference_operators)):
+    _library.impl("linear", _backend.linear, _key)
+    _library.impl("moe", _moe_of(_backend), _key)
 
 
 # --- shapes and dtypes of the results ---

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,3 +34,34 @@ def quantize_values(x: Tensor, recipe: Recipe, amax: Tensor | None, gated: bool)
 def dequantize(packed: Tensor, block_scale: Tensor, decode_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """:func:`fouroversix_plugin.reference.dequantize` of block scales as bytes."""
     return reference.dequantize(NVFP4Tensor(packed, block_scale.view(torch.float8_e4m3fn), decode_scale), dtype)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    block_scale: Tensor | None,
+    decode_scale: Tensor,
+    token_scale: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """:func:`fouroversix_plugin.reference.scaled_matmul` plus bias, rounded to ``dtype``; weights as stored."""
+    values = weight if block_scale is None else reference.unscaled(weight, block_scale.view(torch.float8_e4m3fn))
+    y = reference.scaled_matmul(x, values, token_scale, decode_scale)
+    return (y if bias is None else y + bias.float()).to(dtype)
+
+
+def moe(
+    x: Tensor,
+    w13: Tensor,
+    w13_block_scale: Tensor,
+    w13_decode_scale: Tensor,
+    w2: Tensor,
+    w2_block_scale: Tensor,
+    w2_decode_scale: Tensor,
+    *rest: Any,
+) -> Tensor:
+    """:func:`fouroversix_plugin.reference.moe` on weights as stored."""
+    first = NVFP4Tensor(w13, w13_block_scale.view(torch.float8_e4m3fn), w13_decode_scale)
+    second = NVFP4Tensor(w2, w2_block_scale.view(torch.float8_e4m3fn), w2_decode_scale)
+    return reference.moe(x, first, second, *rest)

@@ -106,7 +106,7 @@ class _MoEMethod(FusedMoEMethodBase):
             return
         w13, w2 = self._quantized(layer, "w13_"), self._quantized(layer, "w2_")
         select("moe", self.scheme.name, w13.shape, w13.device)
-        prepared = [ops.prepare_weight(q, layer.params_dtype) for q in (w13, w2)]
+        prepared = [ops.prepare_weight(q, layer.params_dtype, gated) for q, gated in ((w13, True), (w2, False))]
         self.report.loaded(self.prefix, [w13, w2], prepared[0])
         install(layer, "w13_", prepared[0])
         install(layer, "w2_", prepared[1])

@@ -1,0 +1,137 @@
+// What a mixture of experts needs around its two products: rows sorted by expert, and the sum over a token's slots.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "gemm.h"
+
+namespace fos::cuda {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr int kRouteThreads = 1024;
+constexpr int kCopyThreads = 128;
+constexpr int kSumThreads = 128;
+
+__device__ __forceinline__ int expert_of(const Route& r, int slot) {
+  const int64_t id = r.wide_ids ? static_cast<const int64_t*>(r.topk_ids)[slot]
+                                : static_cast<const int32_t*>(r.topk_ids)[slot];
+  return id >= 0 && id < r.experts ? static_cast<int>(id) : -1;
+}
+
+__device__ __forceinline__ int warp_sum_up_to(int value, int lane) {
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const int other = __shfl_up_sync(~0u, value, distance);
+    if (lane >= distance) value += other;
+  }
+  return value;
+}
+
+// One CTA: slots by expert, and the experts' rows in blocks. Where a slot lies among those of its expert depends on
+// which thread came first; what is computed of it does not.
+__global__ void __launch_bounds__(kRouteThreads) sort_slots(const Route r) {
+  __shared__ int next[kMaxExperts];
+  const int thread = threadIdx.x, lane = thread % kWarp;
+  for (int e = thread; e < r.experts; e += kRouteThreads) next[e] = 0;
+  __syncthreads();
+  for (int slot = thread; slot < r.slots; slot += kRouteThreads) {
+    const int expert = expert_of(r, slot);
+    if (expert >= 0) atomicAdd(&next[expert], 1);
+  }
+  __syncthreads();
+  if (thread < kWarp) {
+    int rows = 0, blocks = 0;
+    for (int first = 0; first < r.experts; first += kWarp) {
+      const int expert = first + lane, own = expert < r.experts ? next[expert] : 0;
+      const int own_blocks = (own + r.tokens - 1) / r.tokens;
+      const int rows_to = warp_sum_up_to(own, lane), blocks_to = warp_sum_up_to(own_blocks, lane);
+      const int begin = rows + rows_to - own, end = rows + rows_to;
+      for (int i = 0; i < own_blocks; ++i) {
+        const int from = begin + i * r.tokens;
+        r.blocks[blocks + blocks_to - own_blocks + i] = {expert, from, end < from + r.tokens ? end : from + r.tokens, 0};
+      }
+      if (expert < r.experts) next[expert] = begin;
+      rows += __shfl_sync(~0u, rows_to, kWarp - 1);
+      blocks += __shfl_sync(~0u, blocks_to, kWarp - 1);
+    }
+    if (lane == 0) r.in_use[0] = blocks, r.in_use[1] = rows;
+  }
+  __syncthreads();
+  for (int slot = thread; slot < r.slots; slot += kRouteThreads) {
+    const int expert = expert_of(r, slot);
+    if (expert < 0) continue;
+    const int row = atomicAdd(&next[expert], 1);
+    r.slot_of_row[row] = slot;
+    r.token_of_row[row] = slot / r.top_k;
+  }
+}
+
+__device__ __forceinline__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ __forceinline__ float widen(__half v) { return __half2float(v); }
+__device__ __forceinline__ void round_to(float v, __nv_bfloat16& to) { to = __float2bfloat16_rn(v); }
+__device__ __forceinline__ void round_to(float v, __half& to) { to = __float2half_rn(v); }
+
+// A CTA a row of the result: the row of its token, times the weight of its slot where weights are given.
+template <class Value>
+__global__ void __launch_bounds__(kCopyThreads) gather_rows(const Gather g) {
+  const int row = blockIdx.x;
+  if (row >= g.in_use[1]) return;
+  constexpr int kEach = 8;
+  const uint4* from = reinterpret_cast<const uint4*>(g.x) + static_cast<int64_t>(g.token_of_row[row]) * (g.columns / kEach);
+  uint4* to = reinterpret_cast<uint4*>(g.out) + static_cast<int64_t>(row) * (g.columns / kEach);
+  const float weight = g.topk_weights == nullptr ? 1.0f : g.topk_weights[g.slot_of_row[row]];
+  for (int i = threadIdx.x; i < g.columns / kEach; i += kCopyThreads) {
+    uint4 word = from[i];
+    if (g.topk_weights != nullptr) {
+      Value* values = reinterpret_cast<Value*>(&word);
+#pragma unroll
+      for (int k = 0; k < kEach; ++k) round_to(widen(values[k]) * weight, values[k]);
+    }
+    to[i] = word;
+  }
+}
+
+// The slots of a token in their order, each times its weight where weights are given, in fp32.
+template <class Value>
+__global__ void __launch_bounds__(kSumThreads) sum_slots(const Combine c) {
+  const int token = blockIdx.x, column = (blockIdx.y * kSumThreads + threadIdx.x) * 4;
+  if (column >= c.columns) return;
+  float sum[4] = {};
+  for (int k = 0; k < c.route.top_k; ++k) {
+    const int slot = token * c.route.top_k + k;
+    if (expert_of(c.route, slot) < 0) continue;
+    const float4 v = *reinterpret_cast<const float4*>(c.slots + static_cast<int64_t>(slot) * c.columns + column);
+    const float weight = c.topk_weights == nullptr ? 1.0f : c.topk_weights[slot];
+    sum[0] += v.x * weight, sum[1] += v.y * weight, sum[2] += v.z * weight, sum[3] += v.w * weight;
+  }
+  alignas(8) Value rounded[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) round_to(sum[i], rounded[i]);
+  *reinterpret_cast<uint2*>(static_cast<Value*>(c.out) + static_cast<int64_t>(token) * c.columns + column) =
+      *reinterpret_cast<const uint2*>(rounded);
+}
+
+}  // namespace
+
+cudaError_t route(const Route& r, cudaStream_t stream) {
+  sort_slots<<<1, kRouteThreads, 0, stream>>>(r);
+  return cudaGetLastError();
+}
+
+cudaError_t gather(const Gather& g, cudaStream_t stream) {
+  if (g.rows == 0) return cudaSuccess;
+  if (g.dtype == Dtype::bf16) gather_rows<__nv_bfloat16><<<static_cast<unsigned>(g.rows), kCopyThreads, 0, stream>>>(g);
+  else gather_rows<__half><<<static_cast<unsigned>(g.rows), kCopyThreads, 0, stream>>>(g);
+  return cudaGetLastError();
+}
+
+cudaError_t combine(const Combine& c, cudaStream_t stream) {
+  const int tokens = c.route.slots / c.route.top_k;
+  if (tokens == 0) return cudaSuccess;
+  const dim3 grid(static_cast<unsigned>(tokens), static_cast<unsigned>((c.columns / 4 + kSumThreads - 1) / kSumThreads));
+  if (c.dtype == Dtype::bf16) sum_slots<__nv_bfloat16><<<grid, kSumThreads, 0, stream>>>(c);
+  else sum_slots<__half><<<grid, kSumThreads, 0, stream>>>(c);
+  return cudaGetLastError();
+}
+
+}  // namespace fos::cuda

@@ -1,0 +1,131 @@
+// What bindings_sm90.cpp calls of gemm_sm90.cu and moe_sm90.cu: plain pointers, as in operands.h.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "operands.h"
+
+namespace fos::cuda {
+
+constexpr int kRowTile = 128;   // weight rows of a tile
+constexpr int kStep = 64;       // columns of a step: a tile of codes has kRowTile * kStep / 2 bytes
+constexpr int kCodeBytes = kRowTile * kStep / 2;
+constexpr int kScaleBytes = kRowTile * kStep / kBlock;
+
+enum class Activation : int { silu = 0, gelu = 1, gelu_tanh = 2 };
+
+// What is made of the fp32 sums: y in x's dtype; activation(gate) * up in x's dtype, from weights whose rows alternate
+// between 8 of gate and 8 of up; or y in fp32.
+enum class Output : int { linear = 0, gated = 1, fp32 = 2 };
+
+// Rows of x that one expert multiplies.
+struct Block {
+  int32_t expert, begin, end, unused;
+};
+
+// Powers of two as arguments, so that no compiler knows them to be such: a multiplication by one is a shift on another
+// pipe than logic and shifts, which unpacking has most of.
+struct Powers {
+  uint32_t two = 2, four = 4, eight = 8, sixteen = 16, sixty_four = 64;
+};
+
+// ((x W^T) * token_scale) * decode_scale + bias in fp32, for one weight or for the experts that rows are sorted by.
+struct Gemm {
+  const void* x;  // [rows, columns], at a multiple of 16 bytes
+  Dtype dtype;    // of x and, unless fp32, of out; bf16 or fp16
+  Output output;
+  Activation activation;
+  int rows, columns, outputs;
+  int row_tiles, steps;        // of the weight, or of each expert's
+  const uint8_t* codes;        // [experts, row_tiles, steps, kCodeBytes]: see tiles_sm90.cu
+  const uint8_t* block_scale;  // [experts, row_tiles, steps, kScaleBytes]
+  const float* decode_scale;   // [experts, weight rows]
+  const float* token_scale;    // or null for 1
+  const int32_t* token_of;     // row of x -> its token_scale; null: the row itself
+  const void* bias;            // [outputs] or null
+  Dtype bias_dtype;
+  void* out;                 // [.., outputs]
+  const int32_t* out_row;    // row of x -> row of out; null: the row itself
+  const Block* blocks;       // of experts, each of at most `tokens` rows; null: one weight for all rows
+  const int32_t* blocks_in_use;  // on the device
+  int block_limit;           // blocks there is room for
+  Powers powers;
+  // How it is launched.
+  int tokens;  // rows of x in a tile: 32, 64, 128 or 256; 8 or 16 are few
+  int split;   // CTAs of a cluster that share the columns of a tile, 1 to 8; 1 of experts and of few rows
+  int split_steps;  // steps of each of them, but for the last
+  int strips;  // of few rows: how many times 16 weight rows a CTA takes at once, 1 to 8
+};
+
+// A packed weight and its tiles.
+struct Shuffle {
+  uint8_t* packed;  // [experts, rows, columns / 2]
+  uint8_t* scales;  // [experts, rows, columns / 16], E4M3
+  uint8_t *codes, *block_scale;  // as Gemm has them
+  int experts, rows, columns, tiles, steps;
+  bool gated;  // rows are gate, then up; in tiles they alternate by 8
+};
+
+cudaError_t shuffle(const Shuffle& s, bool back, cudaStream_t stream);
+
+constexpr int kMaxExperts = 4096;
+
+// Slots (token, k) sorted by expert, in blocks of at most `tokens` rows. Ids outside of 0..experts - 1 are left out.
+struct Route {
+  const void* topk_ids;  // [slots], int32 or (wide_ids) int64
+  bool wide_ids;
+  int slots, top_k, experts, tokens;
+  int32_t *slot_of_row, *token_of_row;  // [slots]
+  Block* blocks;
+  int32_t* in_use;  // blocks, rows
+};
+
+struct Gather {
+  const void* x;  // [.., columns], a multiple of 8
+  Dtype dtype;
+  const int32_t *token_of_row, *slot_of_row, *in_use;
+  const float* topk_weights;  // [slots], or null
+  int rows, columns;
+  void* out;  // [rows, columns]
+};
+
+struct Combine {
+  Route route;         // its ids, and how many
+  const float* slots;  // [slots, columns], a multiple of 4
+  const float* topk_weights;  // [slots], or null
+  int columns;
+  Dtype dtype;
+  void* out;  // [tokens, columns]
+};
+
+cudaError_t route(const Route& r, cudaStream_t stream);
+cudaError_t gather(const Gather& g, cudaStream_t stream);
+cudaError_t combine(const Combine& c, cudaStream_t stream);
+
+struct Launch {
+  int tokens, split, strips;
+};
+
+// How one weight is multiplied fastest, on a chip of `multiprocessors`. `any_rows`: so that no sum depends on how many
+// rows there are.
+Launch launch_of(int rows, int columns, int outputs, bool any_rows, int multiprocessors);
+
+// How many strips a CTA of few rows takes at once, so that all end together: of `strips` with `steps` each, for each of
+// `blocks` blocks of rows.
+int strips_at_once(int64_t strips, int64_t blocks, int64_t steps, int multiprocessors);
+
+cudaError_t multiply(const Gemm& g, cudaStream_t stream);
+
+// gemm_sm90.cu and few_sm90.cu are compiled once for each dtype and output, side by side.
+#define FOS_PRODUCTS(dtype, output)                                        \
+  cudaError_t multiply_##dtype##_##output(const Gemm&, cudaStream_t);      \
+  cudaError_t multiply_few_##dtype##_##output(const Gemm&, cudaStream_t);
+FOS_PRODUCTS(bf16, linear)
+FOS_PRODUCTS(bf16, gated)
+FOS_PRODUCTS(bf16, fp32)
+FOS_PRODUCTS(fp16, linear)
+FOS_PRODUCTS(fp16, gated)
+FOS_PRODUCTS(fp16, fp32)
+#undef FOS_PRODUCTS
+
+}  // namespace fos::cuda

@@ -1,0 +1,232 @@
+// What the products of gemm_sm90.cu and few_sm90.cu share: how weights are unpacked, and what is made of their sums.
+//
+// Unpacking takes 2.4 instructions a weight. A word holds 8 weights as four pairs; the 3 magnitude bits of e2m1 at bits
+// 8..6 of a bf16 are value * 2^-126. A block scale s = 2^e * (1 + m/8), e in -9..8, is stored as the byte (e + 21, m):
+// shifted left by 4 and with 0x7000 set, that is s * 2^118 in bf16; the product is value * s * 2^-8, exactly. In fp16
+// the bits are 11..9 (value * 2^-14), the scale is shifted left by 7 (s * 2^6), and the product is the same.
+//
+// Compiled with FOS_DTYPE = bf16 or fp16 and FOS_OUTPUT = linear, gated or fp32, and -fmad=false: what is added is
+// rounded after it was multiplied.
+#pragma once
+
+#include "gemm.h"
+#include "sm90.cuh"
+
+namespace fos::cuda {
+namespace {
+
+using namespace sm90;
+
+constexpr Dtype kDtype = Dtype::FOS_DTYPE;
+constexpr Output kOutput = Output::FOS_OUTPUT;
+static_assert(kDtype != Dtype::fp32);
+using Value = std::conditional_t<kDtype == Dtype::bf16, __nv_bfloat16, __half>;
+
+constexpr float kUnscale = 256.0f;
+
+// What a thread finishes at once, of a token: 8 neighbouring sums, or 4 of gate and the 4 of up that lie 8 rows on.
+constexpr int kPieceRows = 8;
+constexpr int kOutputs = kOutput == Output::gated ? 4 : 8;
+constexpr int kSecondHalf = kOutput == Output::gated ? 8 : 4;
+
+__device__ __forceinline__ int first_row(int piece) {
+  return kOutput == Output::gated ? piece / 2 * 16 + piece % 2 * 4 : piece * kPieceRows;
+}
+
+// --- unpacking ---
+
+// The scales of two blocks, `first` and the one two on, in the halves of a word.
+template <int first>
+__device__ __forceinline__ uint32_t two_scales(const Powers& by, uint32_t word) {
+  const uint32_t apart = __byte_perm(word, 0, 0x4240 + 0x0101 * first);
+  return kDtype == Dtype::bf16 ? apart * by.sixteen + 0x70007000u : apart << 7;
+}
+
+// Both values of a pair times the low or the high half of `scales`, in a way that lets one instruction pick the half.
+#define FOS_SCALED(type, half)                                                                    \
+  asm("{\n.reg .b16 low, high;\n.reg .b32 twice;\nmov.b32 {low, high}, %2;\n"                     \
+      "mov.b32 twice, {" half ", " half "};\nmul.rn." type " %0, %1, twice;\n}"                   \
+      : "=r"(product)                                                                             \
+      : "r"(pair), "r"(scales))
+
+template <bool high>
+__device__ __forceinline__ uint32_t scaled(uint32_t pair, uint32_t scales) {
+  uint32_t product;
+  if constexpr (kDtype == Dtype::bf16) {
+    if constexpr (high) FOS_SCALED("bf16x2", "high");
+    else FOS_SCALED("bf16x2", "low");
+  } else {
+    if constexpr (high) FOS_SCALED("f16x2", "high");
+    else FOS_SCALED("f16x2", "low");
+  }
+  return product;
+}
+
+#undef FOS_SCALED
+
+// The four pairs of a word: (row, columns c and c + 1), (row + 8, the same), (row, c + 8 and c + 9), (row + 8, ...), in
+// the order of wgmma's left operand. Each half of the word has, from bit 15 down, the signs of pairs 0, 3, 2 and 1, and
+// the magnitudes of pairs 3, 0, 1 and 2: as many as can be are where one shift and one mask bring both to their place.
+template <bool high>
+__device__ __forceinline__ void unpack(const Powers& by, uint32_t q, uint32_t scales, uint32_t scales_8,
+                                       uint32_t (&pairs)[4]) {
+  constexpr uint32_t kSigns = 0x80008000u;
+  if constexpr (kDtype == Dtype::bf16) {
+    constexpr uint32_t kMagnitudes = 0x01C001C0u;
+    pairs[0] = q & (kSigns | kMagnitudes);
+    pairs[1] = (q * by.eight) & (kSigns | kMagnitudes);
+    pairs[2] = ((q * by.four) & kSigns) | ((q * by.sixty_four) & kMagnitudes);
+    pairs[3] = ((q * by.two) & kSigns) | ((q >> 3) & kMagnitudes);
+  } else {
+    constexpr uint32_t kMagnitudes = 0x0E000E00u;
+    const uint32_t by_8 = q * by.eight, by_64 = q * by.sixty_four;
+    pairs[0] = (q & kSigns) | (by_8 & kMagnitudes);
+    pairs[1] = (by_8 & kSigns) | (by_64 & kMagnitudes);
+    pairs[2] = ((q * by.four) & kSigns) | ((by_64 * by.eight) & kMagnitudes);
+    pairs[3] = ((q * by.two) & kSigns) | (q & kMagnitudes);
+  }
+  pairs[0] = scaled<high>(pairs[0], scales);
+  pairs[1] = scaled<high>(pairs[1], scales_8);
+  pairs[2] = scaled<high>(pairs[2], scales);
+  pairs[3] = scaled<high>(pairs[3], scales_8);
+}
+
+// What a thread has of a step: for rows r and r + 8, a word and a scale for each of the four blocks.
+struct Packed {
+  uint32_t q[4], scale, scale_8;
+
+  Packed() = default;
+
+  // From shared memory.
+  __device__ __forceinline__ Packed(uint32_t codes, uint32_t scales) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(q[0]), "=r"(q[1]), "=r"(q[2]), "=r"(q[3])
+                 : "r"(codes));
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(scale), "=r"(scale_8) : "r"(scales));
+  }
+
+  // From global memory, past the first-level cache: nobody reads a weight twice.
+  __device__ __forceinline__ void load(const uint8_t* codes, const uint8_t* scales) {
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(q[0]), "=r"(q[1]), "=r"(q[2]), "=r"(q[3])
+                 : "l"(codes));
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(scale), "=r"(scale_8) : "l"(scales));
+  }
+};
+
+
+// --- from sums to results ---
+
+__device__ __forceinline__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ __forceinline__ float widen(__half v) { return __half2float(v); }
+__device__ __forceinline__ void round_to(float v, __nv_bfloat16& to) { to = __float2bfloat16_rn(v); }
+__device__ __forceinline__ void round_to(float v, __half& to) { to = __float2half_rn(v); }
+
+__device__ __forceinline__ float rounded(float v) {
+  Value to;
+  round_to(v, to);
+  return widen(to);
+}
+
+__device__ __forceinline__ float load_number(const void* from, Dtype dtype, int index) {
+  if (dtype == Dtype::fp32) return static_cast<const float*>(from)[index];
+  if (dtype == Dtype::bf16) return widen(static_cast<const __nv_bfloat16*>(from)[index]);
+  return widen(static_cast<const __half*>(from)[index]);
+}
+
+__device__ __forceinline__ float activate(float gate, float up, Activation activation) {
+  if (activation == Activation::silu) return silu_and_mul(gate, up);
+  if (activation == Activation::gelu) return 0.5f * gate * (1.0f + erff(gate * 0.70710678118654752f)) * up;
+  const float inner = 0.79788456080286536f * (gate + 0.044715f * gate * gate * gate);
+  return 0.5f * gate * (1.0f + tanhf(inner)) * up;
+}
+
+// Neighbouring outputs, for token after token.
+struct Piece {
+  int output;  // the first of them
+  bool inside;
+  float scale[kPieceRows];
+
+  // `row`: of the tiles, where the piece begins.
+  __device__ __forceinline__ Piece(const Gemm& g, int expert, int row) {
+    output = kOutput == Output::gated ? row / 16 * 8 + row % 8 : row;
+    inside = output < g.outputs;
+    if (!inside) return;
+    const int weight_rows = kOutput == Output::gated ? 2 * g.outputs : g.outputs;
+    const float* of_expert = g.decode_scale + static_cast<int64_t>(expert) * weight_rows;
+#pragma unroll
+    for (int i = 0; i < kPieceRows; ++i) scale[i] = of_expert[output + i % kOutputs + i / kOutputs * g.outputs];
+  }
+
+  // `row`: of x.
+  __device__ __forceinline__ void finish(const Gemm& g, int row, const float (&sums)[kPieceRows]) const {
+    float token_scale = 1.0f;
+    if (g.token_scale != nullptr) token_scale = g.token_scale[g.token_of == nullptr ? row : g.token_of[row]];
+    const int64_t to = static_cast<int64_t>(g.out_row == nullptr ? row : g.out_row[row]) * g.outputs + output;
+    float y[kPieceRows];
+#pragma unroll
+    for (int i = 0; i < kPieceRows; ++i) y[i] = ((sums[i] * kUnscale) * token_scale) * scale[i];
+    if constexpr (kOutput == Output::fp32) {
+      float4* out = reinterpret_cast<float4*>(static_cast<float*>(g.out) + to);
+      out[0] = make_float4(y[0], y[1], y[2], y[3]);
+      out[1] = make_float4(y[4], y[5], y[6], y[7]);
+    } else {
+      alignas(16) Value packed[kOutputs];
+#pragma unroll
+      for (int i = 0; i < kOutputs; ++i) {
+        if constexpr (kOutput == Output::gated) {
+          y[i] = activate(rounded(y[i]), rounded(y[i + kOutputs]), g.activation);
+        } else if (g.bias != nullptr) {
+          y[i] = y[i] + load_number(g.bias, g.bias_dtype, output + i);
+        }
+        round_to(y[i], packed[i]);
+      }
+      using Word = std::conditional_t<kOutputs == 8, uint4, uint2>;
+      *reinterpret_cast<Word*>(static_cast<Value*>(g.out) + to) = *reinterpret_cast<const Word*>(packed);
+    }
+  }
+};
+
+__device__ __forceinline__ void load_sums(const float* from, float (&sums)[kPieceRows]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float4 v = *reinterpret_cast<const float4*>(from + i * kSecondHalf);
+    float* to = sums + i * 4;
+    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+  }
+}
+
+// --- x for the copy engine ---
+
+using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
+                                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+// The driver's function, through the runtime: nothing links libcuda.
+EncodeTiled encode_tiled() {
+  static const EncodeTiled function = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+    return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(found)
+                                                                         : nullptr;
+  }();
+  return function;
+}
+
+// x as boxes of `tokens` rows and 64 columns; what lies outside of x reads as 0.
+bool map_of(const Gemm& g, int tokens, CUtensorMap* map) {
+  const cuuint64_t shape[2] = {static_cast<cuuint64_t>(g.columns), static_cast<cuuint64_t>(g.rows)};
+  const cuuint64_t pitch[1] = {static_cast<cuuint64_t>(g.columns) * 2};
+  const cuuint32_t box[2] = {kStep, static_cast<cuuint32_t>(tokens)}, stride[2] = {1, 1};
+  const auto type = kDtype == Dtype::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const EncodeTiled encode = encode_tiled();
+  return encode != nullptr &&
+         encode(map, type, 2, const_cast<void*>(g.x), shape, pitch, box, stride, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+}  // namespace
+}  // namespace fos::cuda

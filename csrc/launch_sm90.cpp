@@ -1,0 +1,77 @@
+// Which kernel multiplies, and how its work is cut.
+#include "gemm.h"
+
+namespace fos::cuda {
+namespace {
+
+using Multiply = cudaError_t (*)(const Gemm&, cudaStream_t);
+
+// By dtype and output.
+constexpr Multiply kMany[2][3] = {{multiply_bf16_linear, multiply_bf16_gated, multiply_bf16_fp32},
+                                  {multiply_fp16_linear, multiply_fp16_gated, multiply_fp16_fp32}};
+constexpr Multiply kFew[2][3] = {{multiply_few_bf16_linear, multiply_few_bf16_gated, multiply_few_bf16_fp32},
+                                 {multiply_few_fp16_linear, multiply_few_fp16_gated, multiply_few_fp16_fp32}};
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+int strips_at_once(int64_t strips, int64_t blocks, int64_t steps, int multiprocessors) {
+  constexpr int kWarps = 16;
+  constexpr double kUnit = 64;  // steps of a strip that it takes to begin a unit and to end it, on an H200
+  int best = 1;
+  double least = 0;
+  for (int at_once = 1; at_once <= 8; ++at_once) {
+    const int64_t units = ceil_div(blocks * ceil_div(strips, at_once), multiprocessors);
+    const double busy = static_cast<double>(kWarps / at_once * at_once) / kWarps;  // of the warps
+    const double cost = static_cast<double>(units) * (static_cast<double>(at_once * steps) / busy + kUnit);
+    if (at_once == 1 || cost <= least) {
+      best = at_once;
+      least = cost;
+    }
+  }
+  return best;
+}
+
+Launch launch_of(int rows, int columns, int outputs, bool any_rows, int multiprocessors) {
+  const int64_t row_tiles = ceil_div(outputs, kRowTile), steps = ceil_div(columns, kStep);
+  if (rows <= 16 && !any_rows) {
+    return {rows <= 8 ? 8 : 16, 1, strips_at_once(ceil_div(outputs, 16), 1, steps, multiprocessors)};
+  }
+  // What a step of a tile takes, and what it takes to add the sums of a cluster, in microseconds on an H200.
+  constexpr struct {
+    int tokens;
+    double step, split;
+  } kTiles[] = {{32, 0.24, 1.8}, {64, 0.32, 2.1}, {128, 0.44, 2.8}, {256, 0.72, 4.0}};
+  constexpr int kMostSplit = 3;  // larger clusters leave multiprocessors idle
+  const auto cost = [&](const auto& tile, int split, int64_t tokens) {
+    const int64_t waves = ceil_div(row_tiles * ceil_div(tokens, tile.tokens) * split, multiprocessors);
+    return static_cast<double>(waves * ceil_div(steps, split)) * tile.step + (split > 1 ? tile.split : 0.0);
+  };
+  Launch best = {0, 1, 1};
+  double least = 0;
+  for (const auto& tile : kTiles) {
+    for (int split = 1; split <= kMostSplit && split <= steps; ++split) {
+      const double taken = cost(tile, split, rows);
+      if (best.tokens == 0 || taken < least) {
+        best = {tile.tokens, split, 1};
+        least = taken;
+      }
+    }
+  }
+  if (!any_rows) return best;
+  // The order of additions is the same for any number of rows: split as is best for 64.
+  best.split = 1;
+  for (int split = 2; split <= kMostSplit && split <= steps; ++split) {
+    if (cost(kTiles[1], split, 64) < cost(kTiles[1], best.split, 64)) best.split = split;
+  }
+  return best;
+}
+
+cudaError_t multiply(const Gemm& g, cudaStream_t stream) {
+  if (g.rows == 0 || g.block_limit == 0) return cudaSuccess;
+  const auto& kernels = g.tokens <= 16 ? kFew : kMany;
+  return kernels[static_cast<int>(g.dtype)][static_cast<int>(g.output)](g, stream);
+}
+
+}  // namespace fos::cuda

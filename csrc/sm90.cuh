@@ -1,0 +1,225 @@
+// Hopper's asynchronous instructions as functions: barriers in shared memory, bulk copies, clusters, wgmma.
+//
+// After NVIDIA's PTX ISA, chapters on mbarrier, cp.async.bulk, barrier.cluster, griddepcontrol and wgmma. Addresses of
+// shared memory are 32 bits wide, as those instructions want them.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace fos::cuda::sm90 {
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// The same place in another CTA of the cluster.
+__device__ __forceinline__ uint32_t in_cta(uint32_t address, uint32_t rank) {
+  uint32_t mapped;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+  return mapped;
+}
+
+__device__ __forceinline__ float4 load_from_cta(uint32_t address) {
+  float4 v;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address));
+  return v;
+}
+
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// --- barriers ---
+
+__device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// Barriers are seen by the copy engine and by the other CTAs of the cluster from here on.
+__device__ __forceinline__ void barriers_ready() {
+  asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ __forceinline__ void expect_bytes(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  do {
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+  } while (done == 0);
+}
+
+// Of 128 threads, or as many as `threads` says: ids from 1 on (0 is __syncthreads).
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// --- copies into shared memory, counted by a barrier ---
+
+__device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
+// The box of the map that begins at (column, row).
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, int column, int row,
+                                         uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+          to),
+      "l"(map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+
+__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// --- registers, of all warps of a warpgroup ---
+
+template <int count>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
+}
+template <int count>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
+}
+
+// --- the kernel before and the kernel after ---
+
+__device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void let_kernel_after_start() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// --- mma.sync: D [16, 8] += A [16, 16] * B [16, 8], of a warp, all in registers, fp32 sums ---
+
+template <class T>
+struct Mma;
+
+#define FOS_MMA(T, type)                                                                                             \
+  template <>                                                                                                        \
+  struct Mma<T> {                                                                                                    \
+    static __device__ __forceinline__ void multiply(float* d, const uint32_t (&a)[4], const uint32_t* b) {           \
+      asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, " \
+                   "{%8, %9}, {%0, %1, %2, %3};"                                                                     \
+                   : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                  \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                              \
+    }                                                                                                                \
+  };
+
+FOS_MMA(__nv_bfloat16, "bf16")
+FOS_MMA(__half, "f16")
+#undef FOS_MMA
+
+// Four matrices of 8 rows of 16 bytes: lane l says where row l % 8 of matrix l / 8 is.
+__device__ __forceinline__ void load_matrices(uint32_t address, uint32_t (&m)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(address)
+               : "memory");
+}
+
+// --- wgmma: D [64, N] += A [64, 16] (registers) * B [16, N] (shared memory), fp32 sums ---
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int pending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+
+// A value to be held in a register: computing it again wherever it is used would cost more than the register.
+__device__ __forceinline__ void keep(uint32_t& value) { asm volatile("" : "+r"(value)); }
+
+// Registers have their values from here on: nothing that computes them moves in among the multiplications, which ptxas
+// would then run one after the other.
+__device__ __forceinline__ void settle(uint32_t (&a)[4]) {
+  asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3])::"memory");
+}
+
+// B as rows of 64 two-byte values, 128-byte swizzle, 8 rows a kilobyte; `start` at a kilobyte, plus 32 bytes a k16 step.
+__device__ __forceinline__ uint64_t swizzled_operand(uint32_t start) {
+  constexpr uint64_t kStride = 1024 >> 4, kSwizzle128 = 1;
+  return (start >> 4) | (kStride << 32) | (kSwizzle128 << 62);
+}
+
+#define FOS_R4 "%0, %1, %2, %3"
+#define FOS_R8 FOS_R4 ", %4, %5, %6, %7"
+#define FOS_R16 FOS_R8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define FOS_R32 FOS_R16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FOS_R64                                                                                                       \
+  FOS_R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "    \
+          "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FOS_R128                                                                                                      \
+  FOS_R64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, "    \
+          "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, "  \
+          "%104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, "    \
+          "%121, %122, %123, %124, %125, %126, %127"
+#define FOS_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define FOS_D8(i) FOS_D4(i), FOS_D4(i + 4)
+#define FOS_D16(i) FOS_D8(i), FOS_D8(i + 8)
+#define FOS_D32(i) FOS_D16(i), FOS_D16(i + 16)
+#define FOS_D64(i) FOS_D32(i), FOS_D32(i + 32)
+#define FOS_D128(i) FOS_D64(i), FOS_D64(i + 64)
+
+// Where `accumulate` is 0, what D held before does not count.
+template <class T, int N>
+struct Wgmma;
+
+#define FOS_WGMMA(T, type, N, sums, a0, a1, a2, a3, b, flag)                                                          \
+  template <>                                                                                                         \
+  struct Wgmma<T, N> {                                                                                                \
+    static __device__ __forceinline__ void multiply(float (&d)[sums], const uint32_t (&a)[4], uint64_t operand,       \
+                                                    int accumulate) {                                                 \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " flag ", 0;\n"                                                  \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" FOS_R##sums "}, {" a0 ", " a1 \
+                   ", " a2 ", " a3 "}, " b ", p, 1, 1, 0;\n}"                                                         \
+                   : FOS_D##sums(0)                                                                                   \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(operand), "r"(accumulate));                      \
+    }                                                                                                                 \
+  };
+#define FOS_WGMMA_OF(T, type)                                                              \
+  FOS_WGMMA(T, type, 8, 4, "%4", "%5", "%6", "%7", "%8", "%9")                             \
+  FOS_WGMMA(T, type, 16, 8, "%8", "%9", "%10", "%11", "%12", "%13")                        \
+  FOS_WGMMA(T, type, 32, 16, "%16", "%17", "%18", "%19", "%20", "%21")                     \
+  FOS_WGMMA(T, type, 64, 32, "%32", "%33", "%34", "%35", "%36", "%37")                     \
+  FOS_WGMMA(T, type, 128, 64, "%64", "%65", "%66", "%67", "%68", "%69")                    \
+  FOS_WGMMA(T, type, 256, 128, "%128", "%129", "%130", "%131", "%132", "%133")
+
+FOS_WGMMA_OF(__nv_bfloat16, "bf16")
+FOS_WGMMA_OF(__half, "f16")
+
+#undef FOS_WGMMA_OF
+#undef FOS_WGMMA
+#undef FOS_D128
+#undef FOS_D64
+#undef FOS_D32
+#undef FOS_D16
+#undef FOS_D8
+#undef FOS_D4
+#undef FOS_R128
+#undef FOS_R64
+#undef FOS_R32
+#undef FOS_R16
+#undef FOS_R8
+#undef FOS_R4
+
+}  // namespace fos::cuda::sm90

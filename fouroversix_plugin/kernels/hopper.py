@@ -1,0 +1,140 @@
+"""Products on Hopper (compute capability 9.0): the compiled kernels of csrc/gemm_sm90.cu under the package's names.
+
+Weights are read in tiles (:func:`prepare`). Activations are bf16 or fp16; products of both kinds run on the same
+kernels, as e2m1 * block_scale is exact in either. Nothing waits for the GPU, and no shape depends on values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final, get_args
+
+import torch
+from torch import Tensor
+
+from fouroversix_plugin.kernels import build, native
+from fouroversix_plugin.recipe import Recipe
+from fouroversix_plugin.reference import Activation
+
+DTYPES: Final = (torch.bfloat16, torch.float16)
+
+_ACTIVATIONS: Final = get_args(Activation)
+_TILE_ROWS: Final = (8, 16, 32, 64, 128)
+
+_batch_invariant = False
+
+
+def reason(device: torch.device) -> str | None:
+    """Why these kernels cannot run on ``device``, or None. This compiles them, if nobody has."""
+    if device.type != "cuda":
+        return f"tensors are on {device.type}, not on a CUDA device"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != build.HOPPER:
+        return f"compute capability {capability[0]}.{capability[1]}, needed 9.0"
+    return build.load("cuda")
+
+
+@contextmanager
+def batch_invariant(on: bool) -> Iterator[None]:
+    """Within it, no row's result depends on how many other rows a call has.
+
+    Elsewhere M decides how thread blocks share the sum over K, and with it the order of fp32 additions.
+    """
+    global _batch_invariant
+    before, _batch_invariant = _batch_invariant, on
+    try:
+        yield
+    finally:
+        _batch_invariant = before
+
+
+def prepare(packed: Tensor, block_scale: Tensor, gated: bool) -> tuple[Tensor, Tensor]:
+    """The one-time shuffle of a weight into tiles of 128 rows and 64 columns; see csrc/tiles_sm90.cu.
+
+    Args:
+        packed: uint8 [..., N, K/2].
+        block_scale: E4M3 bytes, uint8 [..., N, K/16]; none negative, none NaN.
+        gated: the rows are those of gate, then those of up, for the first product of a mixture of experts.
+
+    Returns:
+        uint8 [..., T, S, 4096] and [..., T, S, 512] for T tiles of rows and S steps of columns; padding is 0. Codes
+        under a block scale of 0 keep nothing but their sign.
+    """
+    out: tuple[Tensor, Tensor] = torch.ops.fouroversix_cuda.to_tiles(packed, block_scale, gated)
+    return out
+
+
+def restore(codes: Tensor, block_scale: Tensor, rows: int, columns: int, gated: bool) -> tuple[Tensor, Tensor]:
+    """What :func:`prepare` made, back: packed [..., N, K/2] and block scales [..., N, K/16]."""
+    out: tuple[Tensor, Tensor] = torch.ops.fouroversix_cuda.from_tiles(codes, block_scale, rows, columns, gated)
+    return out
+
+
+def linear(
+    x: Tensor,
+    codes: Tensor,
+    block_scale: Tensor,
+    decode_scale: Tensor,
+    token_scale: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """((x W^T) * token_scale) * decode_scale + bias in fp32, rounded to the dtype of x: [M, N]."""
+    out: Tensor = torch.ops.fouroversix_cuda.linear(
+        x, codes, block_scale, decode_scale, token_scale, bias, _batch_invariant, 0, 1, 1
+    )
+    return out
+
+
+def moe(
+    x: Tensor,
+    w13: Tensor,
+    w13_block_scale: Tensor,
+    w13_decode_scale: Tensor,
+    w2: Tensor,
+    w2_block_scale: Tensor,
+    w2_decode_scale: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    activations: Recipe | None,
+    activation: Activation,
+    apply_router_weight_on_input: bool,
+    input_amax: Tensor | None,
+    inner_amax: Tensor | None,
+) -> Tensor:
+    """:func:`fouroversix_plugin.reference.moe` on weights in tiles, those of w13 ``gated``."""
+    kernels = torch.ops.fouroversix_cuda
+    experts, half, hidden = w13_decode_scale.shape[0], w13_decode_scale.shape[1] // 2, w2_decode_scale.shape[1]
+    if x.shape[0] == 0:
+        return x.new_empty(0, hidden)
+    topk_weights = topk_weights.float()
+    on_input = apply_router_weight_on_input
+    tokens = _rows_of_a_tile(topk_ids.numel(), experts)
+    slot_of_row, token_of_row, blocks, in_use = kernels.route(topk_ids, experts, tokens)
+    token_scale = None
+    if activations is not None and not on_input:
+        x, token_scale = native.quantize_values(x, activations, input_amax, False)
+    rows = kernels.gather(x, token_of_row, slot_of_row, in_use, topk_weights if on_input else None)
+    scale_of: Tensor | None = token_of_row
+    if activations is not None and on_input:
+        rows, token_scale = native.quantize_values(rows, activations, input_amax, False)
+        scale_of = None
+    inner = kernels.multiply_experts(
+        rows, w13, w13_block_scale, w13_decode_scale, token_scale, scale_of, None, blocks, in_use, half, True,
+        _ACTIVATIONS.index(activation), tokens,
+    )  # fmt: skip
+    inner_scale = None
+    if activations is not None:
+        inner, inner_scale = native.quantize_values(inner, activations, inner_amax, False)
+    slots = kernels.multiply_experts(
+        inner, w2, w2_block_scale, w2_decode_scale, inner_scale, None, slot_of_row, blocks, in_use, hidden, False,
+        0, tokens,
+    )  # fmt: skip
+    out: Tensor = kernels.combine(slots, None if on_input else topk_weights, topk_ids, experts, x.dtype)
+    return out
+
+
+def _rows_of_a_tile(slots: int, experts: int) -> int:
+    """Rows of x that a tile multiplies: about all that an expert has, so that its weights are read once."""
+    expected = slots / experts
+    return next((rows for rows in _TILE_ROWS if rows >= 1.5 * expected), _TILE_ROWS[-1])
