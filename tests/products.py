@@ -78,6 +78,7 @@ class Products:
             on_input: bool = False,
         ) -> Tensor:
             poison(x.device, x.numel(), dtype)
+            poison(x.device, topk_ids.numel() * w13.shape[-2], dtype)
             if held is None:
                 route = (topk_weights, topk_ids, activations, activation)
                 return fos.moe(x, w13, w2, *route, self.backend, apply_router_weight_on_input=on_input)
@@ -120,15 +121,17 @@ everywhere = pytest.mark.parametrize("products", [*CPU, *CUDA])
 on_cuda = pytest.mark.parametrize("products", CUDA)
 
 
-def over(name: str, cpu: Sequence[Any], cuda: Sequence[Any]) -> pytest.MarkDecorator:
-    """Everywhere, with values of ``name`` that may be larger on a GPU."""
+def over(
+    name: str, cpu: Sequence[Any], cuda: Sequence[Any], by_name: Sequence[Any] | None = None
+) -> pytest.MarkDecorator:
+    """Everywhere, with values of ``name`` that may be larger on a GPU; ``by_name``: there for backends by name."""
+    values = {"cpu": (cpu, cpu), "cuda": (cuda, cuda if by_name is None else by_name)}
     return pytest.mark.parametrize(
         ("products", name),
         [
             pytest.param(route.values[0], value, id=f"{route.id}-{value}", marks=route.marks)
-            for routes, values in ((CPU, cpu), (CUDA, cuda))
-            for route in routes
-            for value in values
+            for route in (*CPU, *CUDA)
+            for value in values[route.values[0].device][route.values[0].backend is not None]
         ],
     )
 
@@ -161,9 +164,9 @@ def random_weight(*shape: int, g: torch.Generator) -> NVFP4Tensor:
     return NVFP4Tensor(packed, block_scale.view(torch.float8_e4m3fn), decode_scale)
 
 
-def e4m3_power(exponent: Tensor) -> Tensor:
-    """2^exponent, -9 <= exponent <= 8, as E4M3 numbers."""
-    return torch.exp2(exponent.float()).to(torch.float8_e4m3fn)
+def power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent of integers in fp64, put together from bits: not every library's exp2 is exact."""
+    return (exponent.long() + 1023 << 52).view(torch.float64)
 
 
 @dataclass(frozen=True)
@@ -179,10 +182,10 @@ def whole_weight(*shape: int, g: torch.Generator) -> Whole:
     *rows, columns = shape
     packed = randint(0, 256, (*rows, columns // 2), g).to(torch.uint8)
     lowest = randint(-9, 7, (*rows, 1), g)
-    block_scale = e4m3_power(lowest + randint(0, 3, (*rows, columns // 16), g))
+    block_scale = power_of_two(lowest + randint(0, 3, (*rows, columns // 16), g)).float().to(torch.float8_e4m3fn)
     magnitude = -round(math.log2(36 * math.sqrt(columns)))  # 36: 2.6 of x times 14 of the weight
-    unit = torch.exp2((magnitude + randint(-1, 2, rows, g)).float())
-    decode_scale = unit * torch.exp2(1.0 - lowest.squeeze(-1))
+    unit = power_of_two(magnitude + randint(-1, 2, rows, g)).float()
+    decode_scale = unit * power_of_two(1 - lowest.squeeze(-1)).float()
     return Whole(NVFP4Tensor(packed, block_scale, decode_scale), unit)
 
 
@@ -198,9 +201,9 @@ def quantized_x(rows: int, columns: int, dtype: torch.dtype, g: torch.Generator)
     """
     codes = randint(0, 16, (rows, columns // 16, 16), g)
     codes[..., 3] |= 7  # the largest magnitude of a block is 6
-    scale = torch.exp2(randint(0, 2, (rows, columns // 16, 1), g).float())
-    scale[torch.arange(rows), randint(0, columns // 16, (rows,), g)] = 448.0
-    token_scale = torch.exp2(randint(-9, -6, (rows, 1), g).float())
+    scale = power_of_two(randint(0, 2, (rows, columns // 16, 1), g)).float()
+    scale[torch.arange(rows, device=g.device), randint(0, columns // 16, (rows,), g)] = 448.0
+    token_scale = power_of_two(randint(-9, -6, (rows, 1), g)).float()
     values = (reference.e2m1_values(codes) * scale).flatten(1)
     return (values * token_scale).to(dtype), token_scale
 
@@ -213,7 +216,7 @@ def every_code_and_scale(device: str) -> NVFP4Tensor:
     codes = (group // 126 + group + 5 * row + 3 * torch.arange(64)) % 16
     packed = pack(codes.to(torch.uint8).reshape(4032, 512))
     block_scale = scale.to(torch.uint8).reshape(4032, 32).view(torch.float8_e4m3fn)
-    return NVFP4Tensor(packed, block_scale, torch.exp2(torch.arange(4032) % 3 - 1.0)).to(device)
+    return NVFP4Tensor(packed, block_scale, power_of_two(torch.arange(4032) % 3 - 1).float()).to(device)
 
 
 # --- what comes out ---
@@ -262,10 +265,10 @@ def assert_exact(values: Tensor, weight: Tensor) -> None:
     """All numbers of a row are multiples of one power of two, and their magnitudes sum to less than 2^22 of it."""
 
     def unit(numbers: Tensor) -> Tensor:
-        bits = torch.where(numbers == 0, torch.inf, numbers.double()).view(torch.int64)
+        bits = numbers.double().view(torch.int64)
         mantissa = bits & ((1 << 52) - 1) | 1 << 52
-        lowest = torch.log2((mantissa & -mantissa).double()) + (bits >> 52 & 0x7FF) - 1075
-        return torch.exp2(torch.where(numbers == 0, torch.inf, lowest).amin(dim=-1))
+        lowest = (mantissa & -mantissa).double() * power_of_two((bits >> 52 & 0x7FF) - 1075)
+        return torch.where(numbers == 0, torch.inf, lowest).amin(dim=-1)
 
     if values.shape[0]:
         units = unit(values).unsqueeze(-1) * unit(weight)
@@ -285,11 +288,12 @@ def expected_experts(
 ) -> tuple[Expected, Tensor]:
     """:func:`fouroversix_plugin.reference.moe` in fp64, but for the roundings it spells out; the experts' tokens only.
 
-    A number that lies nearer to a midpoint than it may be off is rounded one way or the other: ``error`` covers both,
-    with ``activations`` only where the product of gate and up is not concerned, which is quantized next.
+    A number that lies nearer to a midpoint than it may be off is rounded one way or the other. ``error`` covers both
+    without ``activations``. With them, the product of gate and up is quantized next, and a code more or less is no
+    small error: nothing is said of tokens where that may be.
 
     Returns:
-        The result, and the tokens [M] for which that product is concerned. ``exact``: gate and up are exact sums.
+        The result, and those tokens as booleans [M]. ``exact``: gate and up are exact sums.
     """
     M, top_k = topk_ids.shape
     half, H = w13.shape[-2] // 2, w2.shape[-2]
@@ -307,16 +311,19 @@ def expected_experts(
         gate_up, off = _rounded(expected_linear(rows, w13[e], activations, exact=exact), x.dtype)
         gate, up = gate_up[:, :half], gate_up[:, half:]
         activated = reference.gated_activation(gate, torch.ones_like(up), activation)
-        # No activation is steeper than 1.13; what is left is for the functions in fp32, which cancel where gate < 0.
+        # No activation is steeper than 1.13. What is left is for the functions in fp32: e^x by the hardware's 2^x for
+        # silu, and for the others, which cancel for negative gates, what that leaves.
         off = 1.13 * off[:, :half] * (up.abs() + off[:, half:]) + activated.abs() * off[:, half:]
-        off = off + 2.0**-20 * (gate * up).abs()
-        hidden, off = _rounded(Expected(activated * up, off, half), x.dtype)
+        silu = (4 + gate.abs()) * (activated * up).abs()
+        off = off + 2.0**-23 * (silu if activation == "silu" else 8 * (gate * up).abs())
+        product = Expected(activated * up, off, half)
+        hidden, off = _rounded(product, x.dtype)
         out = expected_linear(hidden.to(x.dtype), w2[e], activations)
         out_error = out.error
         if activations is None:
             out_error = out_error + off @ reference.dequantize(w2[e]).double().abs().T
         else:
-            unsettled.index_put_((token,), (off > 0).any(dim=-1) | unsettled[token])
+            unsettled[token[_quantized_otherwise(product, activations, x.dtype)]] = True
         weight = router_weight.double()
         y.index_add_(0, token, weight * out.y)
         error.index_add_(0, token, weight.abs() * out_error)
@@ -331,14 +338,20 @@ def _rounded(value: Expected, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return middle, torch.maximum(above - middle, middle - below)
 
 
+def _quantized_otherwise(value: Expected, recipe: Recipe, dtype: torch.dtype) -> Tensor:
+    """Rows [M] that become other codes or scales at one end of the error than at the other."""
+    low, high = (reference.quantize_values(y.to(dtype), recipe) for y in (value.y - value.error, value.y + value.error))
+    return (low[0] != high[0]).any(dim=-1) | (low[1] != high[1])
+
+
 # --- how results are held to it ---
 
 
 def half_unit(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
     """Half a unit in the last place of fp64 magnitudes in ``dtype``: how far rounding moves them."""
     info = torch.finfo(dtype)
-    exponent = torch.frexp(magnitude.clamp(min=info.smallest_normal)).exponent - 1
-    return torch.exp2(exponent.double()) * (info.eps / 2)
+    bits = magnitude.clamp(min=info.smallest_normal).view(torch.int64)
+    return power_of_two((bits >> 52) - 1023) * (info.eps / 2)
 
 
 def assert_within(what: str, y: Tensor, expected: Expected) -> None:
