@@ -33,6 +33,7 @@ import bench_timing
 import torch
 import torch.nn.functional as F
 import versions
+from argument_types import positive
 from argument_types import seconds as seconds_argument
 from bench_gemm_report import (
     DENSE_SHAPES,
@@ -56,7 +57,7 @@ from fouroversix_plugin.nvfp4 import NVFP4Tensor
 DENSE_TOKENS = tuple(2**i for i in range(14))
 MOE_TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 8192)
 """Fewer: Triton compiles vLLM's bf16 kernels anew for nearly every one."""
-QUICK_TOKENS = (1, 16, 64, 256, 1024, 4096)
+QUICK_DENSE_TOKENS, QUICK_MOE_TOKENS = (1, 16, 64, 256, 1024, 4096), (1, 64, 1024, 4096)
 QUICK_SHAPES = ("4096x4096", "28672x4096", "qwen3-30b-a3b")
 
 COLD_BYTES = 220 << 20
@@ -196,7 +197,7 @@ def work(options: argparse.Namespace, device: str = "cuda") -> None:
             wanted = {
                 name: peer for name, peer in peers_of(shape, options.peers).items() if (shape.name, name) not in done
             }
-            tokens = options.tokens or (DENSE_TOKENS if isinstance(shape, Dense) else MOE_TOKENS)
+            tokens = options.dense_tokens if isinstance(shape, Dense) else options.moe_tokens
             weights = make_weights(shape, device) if wanted else []
             for name, peer in wanted.items():
                 common = {"shape": shape.name, "peer": name}
@@ -211,7 +212,9 @@ def work(options: argparse.Namespace, device: str = "cuda") -> None:
                     _append(file, common | {"failed": reason(error)})
                     if device == "cuda":
                         leave_if_broken()
-                _append(file, common | {"finished": round(time.monotonic() - started, 2)})
+                took = round(time.monotonic() - started, 1)
+                _append(file, common | {"finished": took})
+                print(f"{shape.name} {name}: {took} s", file=sys.stderr)
                 gc.collect()
                 if device == "cuda":
                     torch.cuda.empty_cache()
@@ -309,7 +312,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dense", action="store_true", help="only dense products")
     parser.add_argument("--moe", action="store_true", help="only mixtures of experts")
     parser.add_argument("--shapes", type=names, help="separated by commas: NxK, or a name of a mixture of experts")
-    parser.add_argument("--tokens", type=lambda text: [int(M) for M in names(text)], help="separated by commas")
+    parser.add_argument("--tokens", type=lambda text: sorted(map(positive, names(text))), help="separated by commas")
     parser.add_argument("--peers", type=names, help=f"separated by commas, of {', '.join(known)}")
     parser.add_argument("--triton", action="store_true", help="our Triton backend, too")
     parser.add_argument(
@@ -329,7 +332,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         for shape in chosen or (*DENSE_SHAPES, *MOE_SHAPES)
         if options.dense == options.moe or isinstance(shape, Dense) == options.dense
     ]
-    options.tokens = sorted(options.tokens or (QUICK_TOKENS if options.quick else ())) or None
+    options.dense_tokens = options.tokens or (QUICK_DENSE_TOKENS if options.quick else DENSE_TOKENS)
+    options.moe_tokens = options.tokens or (QUICK_MOE_TOKENS if options.quick else MOE_TOKENS)
     if unknown := set(options.peers or ()) - set(known):
         parser.error(f"--peers: no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     options.peers = options.peers or [name for name in known if options.triton or not name.startswith("triton")]

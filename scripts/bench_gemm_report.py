@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from markdown_table import table
+
 BYTES_A_SECOND = 4.3e12
 FLOP_A_SECOND = 790e12
 """What a large copy and a large bf16 product of cuBLAS reach on an H200."""
@@ -139,19 +141,6 @@ def verdicts(ours: str, shapes: Sequence[Dense | Moe], measured: Times) -> list[
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown with aligned columns, the first to the left."""
-    cells = [list(header), *map(list, rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-
-    def line(row: Sequence[str]) -> str:
-        padded = (c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        return f"| {' | '.join(padded)} |"
-
-    rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
-    return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
 
 
 def shape_table(shape: Dense | Moe, titles: Mapping[str, str], records: Sequence[Record]) -> str:

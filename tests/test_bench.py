@@ -1,8 +1,10 @@
-"""scripts/bench_gemm.py without a GPU: what is measured, processes that break, verdicts, tables and plots."""
+"""scripts/bench_gemm.py and bench_serve.py without a GPU: what is measured, what breaks, verdicts, tables, plots."""
 
 import json
 import math
+import os
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -12,10 +14,17 @@ from typing import Any
 import bench_gemm
 import bench_gemm_peers as peers
 import bench_gemm_report as report
+import bench_serve
+import bench_serve_models as models
+import bench_serve_report as serve_report
 import bench_timing
 import pytest
 import torch
 from bench_gemm_report import Dense, Moe
+from conftest import assert_same_tensor
+from safetensors import safe_open
+
+from fouroversix_plugin.inspection import inspect_checkpoint
 
 SMALL_MOE = Moe("small", 8, 2, 64, 32)
 
@@ -248,3 +257,174 @@ def test_options_choose_shapes(arguments: list[str], shapes: str, count: int) ->
 def test_bad_options_are_refused(arguments: list[str]) -> None:
     with pytest.raises(SystemExit):
         bench_gemm.parse(arguments)
+
+
+# --- serving: models -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    models.write_quantized(models.SHAPES["small-moe"], folder, 512, "cpu")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["stock", "w4a16", "w4a4"])
+def test_every_layer_is_there_and_sound(small_moe: Path, name: str) -> None:
+    text = inspect_checkpoint(small_moe / name).text()
+    assert "208 of 208 quantized weights pass every check" in text  # 4 layers of 4 + 3 x 16
+    config = json.loads((small_moe / name / "config.json").read_text())
+    assert config["num_hidden_layers"] == 4
+    routers = [f"model.layers.{layer}.mlp.gate" for layer in range(4)]
+    assert (set(routers) <= set(config["quantization_config"]["ignore"])) == (name == "stock")
+
+
+def test_copies_of_the_first_layer_are_the_same_bytes_once(small_moe: Path) -> None:
+    tensors = []
+    for layer in (0, 3):
+        with safe_open(small_moe / "stock" / f"layer-{layer}.safetensors", framework="pt") as file:
+            prefix = f"model.layers.{layer}."
+            tensors.append({name.removeprefix(prefix): file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    assert tensors[0].keys() == tensors[1].keys()
+    for name, tensor in tensors[0].items():
+        assert_same_tensor(name, tensor, tensors[1][name])
+    assert len({(small_moe / name / "layer-3.safetensors").stat().st_ino for name in ("stock", "w4a16", "w4a4")}) == 1
+    activations = [
+        json.loads((small_moe / name / "config.json").read_text())["quantization_config"]["activations"]
+        for name in ("w4a16", "w4a4")
+    ]
+    assert (activations[0], activations[1]["granularity"]) == (None, "token")
+
+
+def test_the_shapes_have_the_sizes_they_are_named_after() -> None:
+    def weights(shape: models.Shape) -> int:
+        counts = {name: math.prod(size) for name, size in shape.sizes()}
+        first = sum(count for name, count in counts.items() if name.startswith(models.FIRST))
+        return sum(counts.values()) + (shape.layers - 1) * first
+
+    assert weights(models.SHAPES["llama-8b"]) == pytest.approx(8.03e9, rel=0.001)
+    assert weights(models.SHAPES["qwen3-30b-a3b"]) == pytest.approx(30.5e9, rel=0.002)
+
+
+# --- serving: processes ----------------------------------------------------------------------------------------------
+
+ENGINE = """
+import json, sys, time
+job = json.load(open(sys.argv[1]))
+print("INFO Model loading took 4.53 GiB memory and 6.250000 seconds", flush=True)
+with open(job["records"], "a") as file:
+    print(json.dumps({"configuration": job["configuration"], "point": "1", "speed": 100.0}), file=file)
+"""
+ENDS = {
+    "well": ("", None),
+    "hangs": ("time.sleep(60)", "2 s were over"),
+    "raises": (
+        "print('(EngineCore) ERROR ValueError: No available memory for the cache blocks.')\n"
+        "raise RuntimeError('Engine core initialization failed. See root cause above.')",
+        "ValueError: No available memory for the cache blocks.",
+    ),
+    "is killed": ("import os; os.kill(os.getpid(), 9)", "ended with -9"),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_configuration_that_ends_badly_keeps_what_it_measured(tmp_path: Path, end: str) -> None:
+    more, reason = ENDS[end]
+    options = bench_serve.parse(["--shape", "small", "--seconds", "2"])
+    command = [sys.executable, "-c", ENGINE + more]
+    records = bench_serve.run_configuration(options, "w4a16", tmp_path, command, time.monotonic() + 2)
+    assert serve_report.speeds(records) == {"w4a16": {"1": 100.0}}
+    assert {"configuration": "w4a16", "model_gib": 4.53, "load_seconds": 6.25} in records
+    assert [r["failed"] for r in records if "failed" in r] == ([reason] if reason else [])
+
+
+def test_arguments_of_the_engine() -> None:
+    options = bench_serve.parse(["--streams", "1,256", "--llm", '{"gpu_memory_utilization": 0.5}'])
+    stock = bench_serve.llm_arguments(options, "stock", Path("/models"))
+    assert (stock["model"], stock["max_num_seqs"], stock["gpu_memory_utilization"]) == ("/models/stock", 256, 0.5)
+    assert stock["compilation_config"] == {"cudagraph_capture_sizes": [1, 2, 4, 8, 256]}
+    assert "load_format" not in stock
+    assert bench_serve.llm_arguments(options, "bf16", Path("/models"))["load_format"] == "dummy"
+    options = bench_serve.parse(["--dummy", "--enforce-eager"])
+    assert options.configurations == ["bf16", "w4a16", "w4a4"]
+    online = bench_serve.llm_arguments(options, "w4a16", Path("/models"))
+    assert (online["model"], online["load_format"]) == ("/models/bf16", "dummy")
+    assert online["hf_overrides"]["quantization_config"] == {"quant_method": "nvfp4_4over6", "recipe": "w4a16"}
+    assert "compilation_config" not in online
+
+
+def test_a_checkout_that_is_not_installed_is_unknown_to_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_serve.metadata, "entry_points", lambda group: ())
+    environment = os.environ | bench_serve.plugin_environment(tmp_path)
+    program = (
+        "import sys; from importlib.metadata import distributions\n"
+        "(found,) = (d for d in distributions(path=sys.path[1:2]) if d.name == 'fouroversix-plugin')\n"
+        "(point,) = found.entry_points.select(group='vllm.general_plugins')\n"
+        "print(point.load().__module__)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("fouroversix_plugin.serving.vllm\n", 0), done.stderr
+
+
+# --- serving: verdicts -----------------------------------------------------------------------------------------------
+
+
+def served(**speeds: tuple[float, ...]) -> list[dict[str, Any]]:
+    points = ("1", "16", "64", "256", "prefill")
+    return [
+        {"configuration": name, "point": point, "speed": speed}
+        for name, of_points in speeds.items()
+        for point, speed in zip(points, of_points, strict=False)
+    ]
+
+
+def test_served_verdicts_of_a_dense_model() -> None:
+    records = served(
+        bf16=(200, 3000, 10000, 22000, 37000),
+        stock=(280, 4000, 9500, 14600, 21700),
+        w4a16=(330, 4400, 10400, 22000, 33400),
+        w4a4=(290, 4000, 9900, 21000, 31000),
+    )
+    found = {(v.aim.ours, v.point, v.aim.others): v.met for v in serve_report.verdicts(records, experts=False)}
+    assert found == {
+        ("w4a16", "1", ("stock",)): True,
+        ("w4a16", "16", ("stock",)): False,  # 1.10
+        ("w4a16", "1", ("bf16",)): True,
+        ("w4a16", "16", ("bf16",)): False,  # 1.47
+        ("w4a16", "64", ("bf16", "stock")): False,  # 1.04
+        ("w4a16", "256", ("bf16",)): True,
+        ("w4a16", "prefill", ("bf16",)): True,
+        ("w4a4", "1", ("w4a16",)): False,  # 0.879
+        ("w4a4", "16", ("w4a16",)): True,
+        ("w4a4", "256", ("w4a16",)): True,
+        ("w4a4", "prefill", ("w4a16",)): False,  # 0.93
+    }
+
+
+def test_served_verdicts_of_experts_and_of_missing_speeds() -> None:
+    records = served(bf16=(100, 100), stock=(90, 120), w4a16=(111, 131, 100))
+    found = [(v.aim.ours, v.point, v.met) for v in serve_report.verdicts(records, experts=True)]
+    assert found == [
+        ("w4a16", "1", True),
+        ("w4a16", "16", False),
+        ("w4a16", "64", None),
+        ("w4a4", "1", None),
+        ("w4a4", "16", None),
+    ]
+
+
+def test_served_report_is_printed_written_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = bench_serve.parse(["--json", str(tmp_path / "o.json"), "--plot", str(tmp_path / "o.png")])
+    records = [
+        *served(bf16=(204, 3110, 10386, 22065, 37500), w4a16=(330, 5000)),
+        {"configuration": "w4a16", "model_gib": 5.66, "load_seconds": 4.25, "start_seconds": 61.0},
+        {"configuration": "stock", "failed": "ValueError: no kernel"},
+    ]
+    bench_serve.report(options, records, "some GPU")
+    said = capsys.readouterr().out
+    (row,) = (line for line in said.splitlines() if line.startswith("| ours W4A16 ") and "61.0" in line)
+    assert [cell.strip() for cell in row.split("|")[2:-1]] == ["330", "5000", "-", "-", "-", "4.2", "61.0", "5.7"]
+    assert "stock NVFP4: ValueError: no kernel\n" in said
+    assert "2 of 8 aims met, 6 not known" in said
+    assert json.loads((tmp_path / "o.json").read_text())["records"] == records
+    assert (tmp_path / "o.png").read_bytes().startswith(b"\x89PNG")
