@@ -81,6 +81,11 @@ def _cublas(weight: NVFP4Tensor) -> Call:
     return lambda x: F.linear(x, w)
 
 
+def _dequantize(weight: NVFP4Tensor) -> Call:
+    w = NVFP4Tensor(weight.packed, weight.block_scale, weight.row_decode_scale.contiguous())
+    return lambda x: F.linear(x, ops.dequantize(w, BF16))
+
+
 def _read(weight: NVFP4Tensor) -> Call:
     from bench_read import read
 
@@ -205,7 +210,7 @@ DENSE = {
     "bf16": Peer("cuBLAS bf16", lambda w, tokens: _cublas(w)),
     "marlin": Peer("Marlin", lambda w, tokens: _marlin(w)),
     "humming": Peer("Humming", _humming),
-    "dequantize": Peer("dequantize, cuBLAS", lambda w, tokens: lambda x: F.linear(x, ops.dequantize(w, BF16))),
+    "dequantize": Peer("dequantize, cuBLAS", lambda w, tokens: _dequantize(w)),
     "read": Peer("read", lambda w, tokens: _read(w), computes=False),
 }
 
