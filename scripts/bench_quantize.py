@@ -14,16 +14,18 @@ is the time a copy of as many bytes (read and written) takes in the same run, ov
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench_timing import COPY_BYTES, copy_bandwidth, graph_seconds
 from torch import Tensor
 
 import fouroversix_plugin as fos
@@ -70,48 +72,6 @@ def cpu_rows() -> list[Row]:
     return found
 
 
-def graph_seconds(
-    call: Callable[[Tensor], object], inputs: Sequence[Tensor], calls: int, evict: Tensor | None = None
-) -> float:
-    """Seconds of one call: a graph holds ``calls``, over the inputs in turn. ``evict`` is read before each replay."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call(inputs[0])
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for x in itertools.islice(itertools.cycle(inputs), calls):
-            call(x)
-    graph.replay()
-    times = []
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        if evict is not None:
-            evict.max()
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / calls)
-    return float(statistics.median(times))
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written a second by a large copy. Not from a graph, where another engine makes it, and slower."""
-    source = torch.empty(2 << 30, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    target.copy_(source)
-    times = []
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        target.copy_(source)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return float(2 * target.nbytes / statistics.median(times))
-
-
 def cuda_calls() -> list[tuple[str, int, Callable[[Tensor], object]]]:
     """(what, inputs' columns over what is quantized, call) of every operator."""
     ops, default = torch.ops.fouroversix, Recipe().key
@@ -132,9 +92,9 @@ def cuda_calls() -> list[tuple[str, int, Callable[[Tensor], object]]]:
 
 
 def cuda_rows(compiled_reference: bool) -> list[Row]:
-    bandwidth = copy_bandwidth()
+    bandwidth = copy_bandwidth(REPLAYS)
     copy = f"copy, {bandwidth / 1e12:.2f} TB/s"
-    found: list[Row] = [{"what": copy, "values": 2 << 30, "seconds": (4 << 30) / bandwidth}]
+    found: list[Row] = [{"what": copy, "values": COPY_BYTES, "seconds": 2 * COPY_BYTES / bandwidth}]
 
     def add(
         what: str,
@@ -151,7 +111,8 @@ def cuda_rows(compiled_reference: bool) -> list[Row]:
         inputs = [torch.randn(rows, columns * factor, device="cuda", dtype=dtype) for _ in range(count)]
         moved = bytes_in + sum(t.nbytes for t in results(call(inputs[0])))
         calls = count if few_inputs is None else FEW_ROWS_CALLS
-        seconds = graph_seconds(call, inputs, calls, evict)
+        bound = [functools.partial(call, x) for x in itertools.islice(itertools.cycle(inputs), calls)]
+        seconds = graph_seconds(bound, REPLAYS, evict)
         found.append(
             {
                 "what": f"{rows} x {columns} {str(dtype)[6:]}, {what}",

@@ -1,0 +1,296 @@
+"""Serve one model shape with vLLM in bf16, as stock NVFP4 and as ours, and compare decoding and prefill.
+
+python scripts/bench_serve.py --shape llama-8b|qwen3-30b-a3b [--json FILE] [--plot FILE.png]
+
+Nothing is downloaded: weights are random (``bench_serve_models.py``), bf16 ones are made up by vLLM. Configurations run
+one after the other, each in a process of its own, so that its memory is freed and a failure of one leaves the others;
+what fails is '-', with its reason below the table. Stock is vLLM's own loader of ModelOpt's NVFP4, which runs Marlin on
+Hopper. CUDA graphs and torch.compile are on unless ``--enforce-eager``; prefixes are not cached.
+
+Decoding: as many requests at once as there are streams, short random prompts, a fixed number of tokens each; generated
+tokens over the time of all. Prefill: long random prompts, one token each; prompt tokens over the time. The best of the
+repeats, after a warm-up. "load s" is vLLM's time to load the weights (bf16 ones are not read, but made), "start s" all
+until it can answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import bench_serve_models as models
+import versions
+from argument_types import positive
+from argument_types import seconds as seconds_argument
+from bench_serve_report import (
+    CONFIGURATIONS,
+    PREFILL,
+    plot,
+    reasons,
+    result_table,
+    verdict_summary,
+    verdict_table,
+    verdicts,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPT_TOKENS = 16
+"""Of a stream that decodes: so few that prefill is not what is timed."""
+WARM_UP_TOKENS = 8
+LOADED = re.compile(r"Model loading took ([\d.]+) GiB(?: memory)? and ([\d.]+) seconds")
+ERROR = re.compile(r"\b\w*(?:Error|Exception): .*")
+ELSEWHERE = "root cause"
+"""What vLLM says in the error that ends a parent, where the child's own error stands above."""
+
+
+# --- the process of a configuration ----------------------------------------------------------------------------------
+
+
+def measure(job: dict[str, Any]) -> None:
+    """Start vLLM, time every point, and append records to ``job["records"]`` as they come."""
+    from vllm import LLM, SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    chance = random.Random(0)
+    started = time.perf_counter()
+    llm = LLM(**job["llm"])
+    append(job["records"], {"configuration": job["configuration"], "start_seconds": time.perf_counter() - started})
+
+    def run(streams: int, prompt_tokens: int, new_tokens: int) -> float:
+        """Seconds. Prompts are new ones every time."""
+        prompts = [
+            TokensPrompt(prompt_token_ids=[chance.randrange(job["vocabulary"]) for _ in range(prompt_tokens)])
+            for _ in range(streams)
+        ]
+        parameters = SamplingParams(temperature=0, ignore_eos=True, max_tokens=new_tokens, detokenize=False)
+        before = time.perf_counter()
+        outputs = llm.generate(prompts, parameters, use_tqdm=False)
+        seconds = time.perf_counter() - before
+        generated = sum(len(output.outputs[0].token_ids) for output in outputs)
+        if generated != streams * new_tokens:
+            raise RuntimeError(f"{streams} streams generated {generated} tokens, needed {streams * new_tokens}")
+        return seconds
+
+    def best(point: str, tokens: int, streams: int, prompt_tokens: int, new_tokens: int) -> None:
+        run(streams, prompt_tokens, min(new_tokens, WARM_UP_TOKENS))
+        seconds = [run(streams, prompt_tokens, new_tokens) for _ in range(job["repeats"])]
+        record = {"configuration": job["configuration"], "point": point, "seconds": seconds}
+        append(job["records"], record | {"speed": tokens / min(seconds)})
+
+    for streams in job["streams"]:
+        best(str(streams), streams * job["new_tokens"], streams, PROMPT_TOKENS, job["new_tokens"])
+    count, length = job["prefill"]
+    best(PREFILL, count * length, count, length, 1)
+
+
+def append(path: str, record: dict[str, Any]) -> None:
+    with open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+# --- the process that reports ----------------------------------------------------------------------------------------
+
+
+def llm_arguments(options: argparse.Namespace, configuration: str, folder: Path) -> dict[str, Any]:
+    """Those of vllm.LLM."""
+    count, length = options.prefill
+    longest = max(length + 1, PROMPT_TOKENS + options.new_tokens)
+    most = max(*options.streams, count)
+    arguments: dict[str, Any] = {
+        "model": str(folder / configuration),
+        "dtype": "bfloat16",
+        "skip_tokenizer_init": True,
+        "seed": 0,
+        "max_model_len": longest,
+        "max_num_seqs": most,
+        "max_num_batched_tokens": max(8192, most),
+        "enable_prefix_caching": False,
+        "gpu_memory_utilization": 0.85,
+        "enforce_eager": options.enforce_eager,
+    }
+    if not options.enforce_eager:
+        # Only the batches that are timed: capturing vLLM's some fifty sizes would take longer than decoding does.
+        arguments["compilation_config"] = {"cudagraph_capture_sizes": sorted({1, 2, 4, 8, *options.streams})}
+    if configuration == "bf16" or options.dummy:
+        arguments |= {"model": str(folder / "bf16"), "load_format": "dummy"}
+    if options.dummy and configuration != "bf16":
+        recipe = {"w4a16": "w4a16", "w4a4": "nvfp4_4over6"}[configuration]
+        arguments["hf_overrides"] = {"quantization_config": {"quant_method": "nvfp4_4over6", "recipe": recipe}}
+    arguments.update(options.llm)
+    return arguments
+
+
+def run_configuration(
+    options: argparse.Namespace, configuration: str, folder: Path, command: Sequence[str], deadline: float
+) -> list[dict[str, Any]]:
+    """Its records: also those of a process that failed or was ended at ``deadline`` (of time.monotonic)."""
+    logs = options.logs or folder
+    records, log, job_file = (folder / f"{configuration}.{kind}" for kind in ("jsonl", "log", "job"))
+    log = logs / log.name
+    job = {
+        "configuration": configuration,
+        "llm": llm_arguments(options, configuration, folder),
+        "vocabulary": models.SHAPES[options.shape].vocabulary,
+        "streams": options.streams,
+        "prefill": options.prefill,
+        "new_tokens": options.new_tokens,
+        "repeats": options.repeats,
+        "records": str(records),
+    }
+    job_file.write_text(json.dumps(job))
+    environment = os.environ | {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"} | plugin_environment(folder)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, str(job_file)], stdout=output, stderr=output, env=environment, start_new_session=True
+        )
+        try:
+            status: int | None = process.wait(max(deadline - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            end_group(process)
+    said = log.read_text(errors="replace")
+    found = [json.loads(line) for line in records.read_text().splitlines()] if records.exists() else []
+    if loaded := LOADED.search(said):
+        gib, seconds = map(float, loaded.groups())
+        found.append({"configuration": configuration, "model_gib": gib, "load_seconds": seconds})
+    if status != 0:
+        why = f"{options.seconds:g} s were over" if status is None else why_failed(said) or f"ended with {status}"
+        found.append({"configuration": configuration, "failed": why})
+        errors = list(dict.fromkeys(line for line in said.splitlines() if ERROR.search(line)))
+        print("\n".join([f"--- {configuration}: errors in its log", *errors[-10:]]), file=sys.stderr)
+    return found
+
+
+def plugin_environment(folder: Path) -> dict[str, str]:
+    """Makes a checkout's plugin known to vLLM, which looks for it among what is installed; empty if it is there."""
+    group, project = "vllm.general_plugins", tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    if any(point.name == "fouroversix" for point in metadata.entry_points(group=group)):
+        return {}
+    described = folder / "installed" / f"fouroversix_plugin-{project['version']}.dist-info"
+    described.mkdir(parents=True, exist_ok=True)
+    (described / "METADATA").write_text(f"Name: {project['name']}\nVersion: {project['version']}\n")
+    points = [f"{name} = {place}" for name, place in project["entry-points"][group].items()]
+    (described / "entry_points.txt").write_text("\n".join([f"[{group}]", *points]) + "\n")
+    paths = [str(described.parent), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """vLLM's engine is a child of its own: the next configuration needs its memory."""
+    patience = time.monotonic() + 10
+    with suppress(ProcessLookupError):
+        while time.monotonic() < patience:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.poll()  # reaps the leader, which would otherwise count
+            time.sleep(0.1)
+
+
+def why_failed(said: str) -> str | None:
+    """The last error of the log that names a cause."""
+    errors = [match.group() for match in ERROR.finditer(said) if ELSEWHERE not in match.group()]
+    return errors[-1][:300] if errors else None
+
+
+def report(options: argparse.Namespace, records: list[dict[str, Any]], machine: str) -> None:
+    count, length = options.prefill
+    title = f"{options.shape}, {machine}; {options.new_tokens} tokens a stream, prefill {count} x {length}"
+    points = [*map(str, options.streams), PREFILL]
+    found = verdicts(records, experts=models.SHAPES[options.shape].experts > 0)
+    print(f"{title}\n\n{result_table(records, options.configurations, points)}\n")
+    if said := reasons(records):
+        print("\n".join(said) + "\n")
+    print(f"{verdict_table(found)}\n\n{verdict_summary(found)}")
+    if options.json:
+        aims = [{**verdict.aim._asdict(), "point": verdict.point, "ratio": verdict.ratio} for verdict in found]
+        written = {"title": title, "versions": versions.installed(), "records": records, "aims": aims}
+        options.json.write_text(json.dumps(written, indent=1) + "\n")
+    if options.plot:
+        plot(records, options.configurations, title, options.plot)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--shape", choices=models.SHAPES, default="llama-8b", help="default: llama-8b")
+    add("--configurations", type=names, default=[*CONFIGURATIONS], help=f"of {','.join(CONFIGURATIONS)} (default: all)")
+    add("--streams", type=numbers, default=[1, 16, 64, 256], help="default: 1,16,64,256")
+    add("--new-tokens", type=positive, default=256, help="that each stream generates (default: 256)")
+    add("--prefill", type=prompts, default=(8, 8192), help="prompts x their length (default: 8x8192)")
+    add("--repeats", type=positive, default=2, help="of which the best counts (default: 2)")
+    add("--enforce-eager", action="store_true", help="no CUDA graphs, no torch.compile")
+    add("--dummy", action="store_true", help="ours quantizes made-up weights while loading; without stock, no files")
+    add("--llm", type=json.loads, default={}, help="JSON: more arguments of vllm.LLM")
+    add("--folder", type=Path, help="where models are written and removed: 5 to 20 GB (default: a temporary one)")
+    add("--logs", type=Path, help="keep vLLM's logs in this folder")
+    add("--seconds", type=seconds_argument, default=540.0, help="report what there is after so long (default: 540)")
+    add("--json", type=Path, help="also write every record here")
+    add("--plot", type=Path, help="draw the table into this PNG")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.configurations) - set(CONFIGURATIONS):
+        parser.error(f"--configurations: no {', '.join(sorted(unknown))}; there are {', '.join(CONFIGURATIONS)}")
+    if options.dummy:
+        options.configurations = [name for name in options.configurations if name != "stock"]
+    return options
+
+
+def names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def numbers(text: str) -> list[int]:
+    return sorted({positive(number) for number in names(text)})
+
+
+def prompts(text: str) -> tuple[int, int]:
+    count, _, length = text.partition("x")
+    return positive(count), positive(length)
+
+
+def main() -> None:
+    if len(sys.argv) == 3 and sys.argv[1] == "--measure":
+        measure(json.loads(Path(sys.argv[2]).read_text()))
+        sys.stdout.flush()
+        os._exit(0)  # vLLM's orderly end takes seconds of nothing else's use; whoever started this ends its children
+    options = parse()
+    import torch
+
+    cuda = torch.cuda.is_available()
+    deadline = time.monotonic() + options.seconds
+    shape, longest = models.SHAPES[options.shape], options.prefill[1] + options.new_tokens + PROMPT_TOKENS
+    records: list[dict[str, Any]] = []
+    for folder in filter(None, (options.logs, options.folder)):
+        folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix="bench-serve-") as scratch:
+        folder = Path(scratch)
+        models.write_bf16_config(shape, folder / "bf16", longest)
+        if not options.dummy and set(options.configurations) != {"bf16"}:
+            started = time.monotonic()
+            models.write_quantized(shape, folder, longest, "cuda" if cuda else "cpu")
+            print(f"wrote the quantized model in {time.monotonic() - started:.0f} s", file=sys.stderr)
+        if cuda:
+            torch.cuda.empty_cache()  # the engines' memory
+        for configuration in options.configurations:
+            print(f"{configuration}: {deadline - time.monotonic():.0f} s left", file=sys.stderr)
+            command = [sys.executable, __file__, "--measure"]
+            records += run_configuration(options, configuration, folder, command, deadline)
+    where = torch.cuda.get_device_name() if cuda else "CPU"
+    report(options, records, f"{where}, vLLM {versions.installed().get('vllm', '?')}, torch {torch.__version__}")
+
+
+if __name__ == "__main__":
+    main()
