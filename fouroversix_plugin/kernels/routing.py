@@ -22,9 +22,11 @@ def sort_by_expert(topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
         slots[offsets[e] : offsets[e + 1]]. Nobody's slots come after offsets[E].
     """
     ids = topk_ids.flatten()
-    # Nobody's ids become the one after the last expert's, in a type that 16 bits of sorting suffice for.
+    if ids.dtype not in (torch.int32, torch.int64):
+        ids = ids.int()  # which has room for one more than the last expert
+    # Nobody's ids become the one after the last expert's, in a type of as few bits to sort by as will do.
     key_type = torch.int16 if experts < 2**15 else torch.int32
-    key = torch.where((ids >= 0) & (ids < experts), ids, experts).to(key_type)
+    key = torch.where(ids >= 0, ids, experts).clamp(max=experts).to(key_type)
     ascending, slots = key.sort(stable=True)
     every_expert = torch.arange(experts + 1, dtype=key_type, device=ids.device)
     return slots.int(), torch.searchsorted(ascending, every_expert, out_int32=True)

@@ -10,6 +10,7 @@ is tuned by timing, and a row's result does not depend on the rows beside it, no
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from dataclasses import dataclass
 from types import ModuleType
@@ -134,6 +135,10 @@ class Launch:
         return Launch(self.rows // 2, self.tokens, self.splits, 4)
 
 
+# Without matrix units a program's products are as many instructions, all written out: a tile of a few thousand.
+_FP32_TILE: Final = Launch(64, 16, 1, 4)
+
+
 # Two programs for each of the 132 processors of an H100 or H200: fewer leave memory idle. A constant, as another
 # number of splits is another order of the sum.
 _PROGRAMS: Final = 264
@@ -146,29 +151,30 @@ _TILES_TOGETHER: Final = 8
 _MOST_STAGES: Final = 5
 
 
-def choose(tokens: int, rows: int, columns: int) -> Launch:
-    """The launch of a product; the same for all numbers of tokens between two powers of two."""
+def choose(tokens: int, rows: int, columns: int, dtype: torch.dtype) -> Launch:
+    """The launch of a product with x of ``dtype``; the same for all numbers of tokens between two powers of two."""
     bucket = _bucket(tokens)
-    tile = min(bucket, _MOST_TOKENS)
-    tiles = -(-rows // _ROWS) * -(-bucket // tile)
+    tile = _tile(bucket, _MOST_TOKENS, dtype)
+    tiles = -(-rows // tile.rows) * -(-bucket // tile.tokens)
     words = _words(columns)
     splits = max(1, min(_PROGRAMS // tiles, words // _LEAST_WORDS))
     # As many as have something to do, where words do not divide evenly.
-    splits = -(-words // -(-words // splits))
-    return Launch(_ROWS, tile, splits, _warps(tile))
+    return dataclasses.replace(tile, splits=-(-words // -(-words // splits)))
 
 
-def choose_for_experts(slots: int, experts: int, groups: bool) -> Launch:
+def choose_for_experts(slots: int, experts: int, dtype: torch.dtype, groups: bool) -> Launch:
     """The launch of the experts' products: tiles of as many tokens as an expert has on average.
 
     Where warps do not multiply in ``groups``, tokens are operands in registers too, and two weights leave few for them.
     """
-    tile = min(_bucket(-(-slots // experts)), _MOST_TOKENS if groups else _MOST_TOKENS // 2)
-    return Launch(_ROWS, tile, 1, _warps(tile))
+    return _tile(_bucket(-(-slots // experts)), _MOST_TOKENS if groups else _MOST_TOKENS // 2, dtype)
 
 
-def _warps(tokens: int) -> int:
-    return 4 if tokens <= 32 else 8
+def _tile(tokens: int, most: int, dtype: torch.dtype) -> Launch:
+    if dtype == torch.float32:
+        return _FP32_TILE
+    tokens = min(tokens, most)
+    return Launch(_ROWS, tokens, 1, 4 if tokens <= 32 else 8)
 
 
 def _bucket(tokens: int) -> int:
@@ -189,9 +195,11 @@ def _options(launch: Launch, x: Tensor, weights: int = 1) -> dict[str, Any]:
     stages = 1
     if x.is_cuda:
         room = _kernels().shared_memory(x.device.index)
+        if launch.tokens < _MOST_TOKENS:
+            room //= 2  # for two programs a processor; more tokens' sums take the registers of both
         step = weights * launch.rows * (4 * BLOCK_SIZE + _PLANES) + launch.tokens * _WORD_COLUMNS * x.element_size()
         # Loads are under way for as many steps ahead as there is room for.
-        stages = max(1, min(_MOST_STAGES, room // step))
+        stages = max(2, min(_MOST_STAGES, room // step))
     return {
         "ROWS": launch.rows,
         "TOKENS": launch.tokens,
@@ -246,7 +254,7 @@ def linear(
     out = x.new_empty(tokens, rows, dtype=dtype)
     if tokens == 0 or rows == 0:
         return out
-    kernels, launch, words = _kernels(), choose(tokens, rows, columns), _words(columns)
+    kernels, launch, words = _kernels(), choose(tokens, rows, columns, x.dtype), _words(columns)
     split = launch.splits > 1
     sums = x.new_empty(launch.splits, tokens, rows, dtype=torch.float32) if split else triton.as_stored(out)
     scales = decode_scale.contiguous(), token_scale, bias
@@ -330,9 +338,9 @@ def moe(
     if topk_ids.numel() == 0 or experts == 0:
         return x.new_zeros(tokens, H)
     slots, offsets = routing.sort_by_expert(topk_ids, experts)
-    launch = choose_for_experts(slots.shape[0], experts, _in_groups(x))
+    launch = choose_for_experts(slots.shape[0], experts, x.dtype, _in_groups(x))
     tiles = routing.most_tiles(slots.shape[0], experts, launch.tokens)
-    kernels = _kernels()
+    kernels, together = _kernels(), x.dtype != torch.float32
 
     def product(rows_of: Tensor, weight: tuple[Tensor, Tensor, Tensor], out: Tensor, chosen: Launch, act: str) -> None:
         values, token_scale = rows_of, None
@@ -359,14 +367,17 @@ def moe(
                 codes.shape[-4],
                 EXPERTS=1 << (experts - 1).bit_length(),
                 ACTIVATION=act,
+                TOGETHER=together,
                 WHOLE=rows_of.shape[1] % _WORD_COLUMNS == 0,
-                **_options(chosen, values, 2 if act else 1),
+                **_options(chosen, values, 2 if act and together else 1),
             )
 
     if apply_router_weight_on_input:
         x = (x.unsqueeze(1).float() * topk_weights.unsqueeze(-1).float()).to(x.dtype).flatten(0, 1)
     hidden = x.new_empty(slots.shape[0], inner)
-    product(x, (w13, w13_block_scale, w13_decode_scale), hidden, launch.for_two_weights(), activation)
+    # In fp32 the gates come before what they multiply: with both, registers are short.
+    first = launch.for_two_weights() if together else launch
+    product(x, (w13, w13_block_scale, w13_decode_scale), hidden, first, activation)
     of_slot = x.new_empty(slots.shape[0], H, dtype=torch.float32)
     product(hidden, (w2, w2_block_scale, w2_decode_scale), of_slot, launch, "")
     out = x.new_empty(tokens, H)

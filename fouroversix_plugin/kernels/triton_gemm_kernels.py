@@ -382,6 +382,7 @@ def multiply_experts(
     TOKENS: tl.constexpr,
     EXPERTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    TOGETHER: tl.constexpr,
     WHOLE: tl.constexpr,
     CHAINED: tl.constexpr,
     COMPILED: tl.constexpr,
@@ -390,7 +391,8 @@ def multiply_experts(
 
     With an ACTIVATION the weight has 2 * ``rows`` rows, gate and up; slot s reads row s // slots_of_row of x, and out
     [slots, rows] is in the order of experts, in the dtype of x. Without, x is in that order, and row s of fp32 ``out``
-    is slot s. ``slots`` and ``offsets`` are :func:`fouroversix_plugin.kernels.routing.sort_by_expert`'s.
+    is slot s. TOGETHER: gate and up are summed in one loop. ``slots`` and ``offsets`` are
+    :func:`fouroversix_plugin.kernels.routing.sort_by_expert`'s.
     """
     dtype: tl.constexpr = x.dtype.element_ty if COMPILED else tl.float32
     GATED: tl.constexpr = ACTIVATION != ""
@@ -413,29 +415,37 @@ def multiply_experts(
     slot = tl.load(slots + existing)
     of_row = slot // slots_of_row if GATED else existing
     strips_before = expert.to(tl.int64) * strips * words
+    x += of_row.to(tl.int64) * columns
+    weight += strips_before * _STRIP_WORDS
+    block_scale += strips_before * _STRIP_SCALES
+    up_row = existing_row + rows
     sums, up_sums = _sums(
-        x + of_row.to(tl.int64) * columns,
+        x,
         place < end,
-        weight + strips_before * _STRIP_WORDS,
-        block_scale + strips_before * _STRIP_SCALES,
+        weight,
+        block_scale,
         existing_row,
-        existing_row + rows,
+        up_row,
         0,
         words,
         columns,
         words,
-        GATED,
+        GATED and TOGETHER,
         WHOLE,
         CHAINED,
         dtype,
     )
+    if GATED and not TOGETHER:
+        up_sums, _ = _sums(
+            x, place < end, weight, block_scale, up_row, up_row, 0, words, columns, words, False, WHOLE, CHAINED, dtype
+        )
 
     of_token = None if token_scale is None else tl.load(token_scale + of_row)
     decode_scale += expert * (2 * rows if GATED else rows)
     y = _scaled(sums, of_token, tl.load(decode_scale + existing_row))
     to_row = slot
     if GATED:
-        up = _scaled(up_sums, of_token, tl.load(decode_scale + existing_row + rows))
+        up = _scaled(up_sums, of_token, tl.load(decode_scale + up_row))
         held: tl.constexpr = out.dtype.element_ty
         y = _activated(_widen(_narrow(y, held)), _widen(_narrow(up, held)), ACTIVATION)
         to_row = place
@@ -455,6 +465,6 @@ def combine(slots, topk_weights, topk_ids, out, top_k, experts, columns, COLUMNS
         ours = (expert >= 0) & (expert < experts)
         y = tl.load(slots + (token * top_k + k) * columns + column, column < tl.where(ours, columns, 0), other=0.0)
         if WEIGHTED:
-            y *= tl.where(ours, _widen(tl.load(topk_weights + token * top_k + k)), 0.0)
+            y *= _widen(tl.load(topk_weights + token * top_k + k))
         total += y
     tl.store(out + token * columns + column, _narrow(total, out.dtype.element_ty), column < columns)
