@@ -161,13 +161,28 @@ def quantize_values(x: Tensor, recipe: Recipe, amax: Tensor | None = None) -> tu
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
-    """silu(gate) * up in fp32, rounded to the dtype of x = [gate, up] [M, 2K]: [M, K].
-
-    e^-gate is spelled out: every library's differs in the last place, and so would bytes that follow from it.
-    """
+    """silu(gate) * up in fp32, rounded to the dtype of x = [gate, up] [M, 2K]: [M, K]."""
     gate, up = x.float().chunk(2, dim=-1)
-    exponential = torch.where(-gate > 89.0, torch.inf, _exp((-gate).clamp(-104.0, 89.0)))
-    return ((gate / (exponential + 1.0)) * up).to(x.dtype)
+    return gated_activation(gate, up, "silu").to(x.dtype)
+
+
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+
+
+def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """activation(gate) * up in fp32.
+
+    silu is pinned: e^-gate is spelled out, as every library's differs in the last place, and so would bytes that follow
+    from it. For gelu's functions torch's are taken.
+    """
+    if activation == "silu":
+        exponential = torch.where(-gate > 89.0, torch.inf, _exp((-gate).clamp(-104.0, 89.0)))
+        return (gate / (exponential + 1.0)) * up
+    if activation == "gelu":
+        return F.gelu(gate) * up
+    if activation == "gelu_tanh":
+        return F.gelu(gate, approximate="tanh") * up
+    raise ValueError(f"activation: got {activation!r}, needed 'silu', 'gelu' or 'gelu_tanh'")
 
 
 def _exp(x: Tensor) -> Tensor:
@@ -277,20 +292,6 @@ def linear(
 def _matmul(x: Tensor, w: NVFP4Tensor, activations: Recipe | None, amax: Tensor | None) -> Tensor:
     values, token_scale = (x, None) if activations is None else quantize_values(x, activations, amax)
     return scaled_matmul(values, unscaled(w.packed, w.block_scale), token_scale, w.row_decode_scale)
-
-
-Activation = Literal["silu", "gelu", "gelu_tanh"]
-
-
-def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """activation(gate) * up in fp32."""
-    if activation == "silu":
-        return F.silu(gate) * up
-    if activation == "gelu":
-        return F.gelu(gate) * up
-    if activation == "gelu_tanh":
-        return F.gelu(gate, approximate="tanh") * up
-    raise ValueError(f"activation: got {activation!r}, needed 'silu', 'gelu' or 'gelu_tanh'")
 
 
 def moe(

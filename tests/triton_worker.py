@@ -1,11 +1,11 @@
-"""Runs the Triton backend on CPU tensors by Triton's interpreter, for tests, in a process of its own.
+"""Runs the Triton kernels on CPU tensors by Triton's interpreter, for tests, in a process of its own.
 
 Triton decides whether kernels are compiled or interpreted where they are decorated, those of its own library when it is
 first imported. Within the tests' process, where others compile kernels and vLLM imports Triton, that would be whatever
 came first; here the variable is set before anything is imported, and nobody else sees it.
 
-Standard input has pickled (function of the backend, its arguments), standard output what it returned or the text of
-what it raised: (result, None) or (None, text).
+Standard input has pickled (function of one of the backend's modules, its arguments), standard output what it returned
+or the text of what it raised: (result, None) or (None, text).
 """
 
 import os
@@ -19,7 +19,7 @@ import traceback
 import numpy as np
 import torch
 
-from fouroversix_plugin.kernels import triton
+from fouroversix_plugin.kernels import triton, triton_gemm
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
         except EOFError:
             return
         try:
-            answer = getattr(triton, name)(*arguments), None
+            answer = getattr(triton if hasattr(triton, name) else triton_gemm, name)(*arguments), None
         except Exception:
             answer = None, traceback.format_exc()
         pickle.dump(answer, answers)

@@ -21,7 +21,7 @@ from torch import Tensor
 from fouroversix_plugin.nvfp4 import ScaleLayout, check_columns, padded_scale_shape
 from fouroversix_plugin.recipe import BLOCK_SIZE, Granularity, Recipe
 
-_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
 _LEAST_CAPABILITY: Final = (8, 0)
 # Experts a program looks at in one step, together with its rows: 16 numbers a thread.
 _ROWS_TIMES_EXPERTS: Final = 4096
@@ -97,7 +97,7 @@ def dequantize(packed: Tensor, block_scale: Tensor, decode_scale: Tensor, dtype:
         ValueError: scales of another number, dtype or device than ``packed`` [..., M, K/2] needs, or another ``dtype``
             than bf16, fp16 or fp32.
     """
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype}, needed bfloat16, float16 or float32")
     columns = packed.shape[-1] * 2
     check_columns("packed", columns)
@@ -112,13 +112,13 @@ def dequantize(packed: Tensor, block_scale: Tensor, decode_scale: Tensor, dtype:
     out = packed.new_empty(*packed.shape[:-1], columns, dtype=dtype)
     kernels = _kernels()
     if rows:
-        with _device_of(packed):
+        with device_of(packed):
             ROWS = _rows_a_program(columns, kernels)
             kernels.dequantize_rows[(-(-rows // ROWS),)](
-                _readable(packed),
+                readable(packed),
                 block_scale.contiguous(),
                 decode_scale.contiguous(),
-                _as_stored(out),
+                as_stored(out),
                 rows,
                 columns,
                 ROWS=ROWS,
@@ -152,7 +152,7 @@ def _run(
         _check_number("amax", amax, {"tensor": 1, "token": 1 if shared else rows, "expert": experts}[scope])
         amax = amax.contiguous()
     offsets = None if expert_offsets is None else expert_offsets.contiguous()
-    x = _as_stored(_readable(x))
+    x = as_stored(readable(x))
     ROWS = _rows_a_program(columns, kernels)
     programs = -(-rows // ROWS)
     shapes = {
@@ -162,7 +162,7 @@ def _run(
         "EXPERTS_AT_ONCE": min(_power_of_two(experts), _ROWS_TIMES_EXPERTS // ROWS),
         **_options(kernels),
     }
-    with _device_of(x):
+    with device_of(x):
         if amax is None and scope != "token":
             found = x.new_zeros(max(experts, 1), dtype=torch.int32)
             if programs:
@@ -174,7 +174,7 @@ def _run(
             offsets,
             packed,
             block_scale,
-            None if values is None else _as_stored(values),
+            None if values is None else as_stored(values),
             decode_scale,
             rows,
             columns,
@@ -202,19 +202,19 @@ def _options(kernels: ModuleType) -> dict[str, Any]:
     return {"num_warps": kernels.WARPS, "enable_fp_fusion": False}
 
 
-def _readable(tensor: Tensor) -> Tensor:
+def readable(tensor: Tensor) -> Tensor:
     """Contiguous, and aligned for pieces of 16 bytes: a view may begin anywhere, and Triton would then read less at a
     time, with a block in several threads."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-def _as_stored(tensor: Tensor) -> Tensor:
+def as_stored(tensor: Tensor) -> Tensor:
     """bf16 as int16: the kernels take its bits apart themselves."""
     return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
 
 
-def _device_of(tensor: Tensor) -> AbstractContextManager[object]:
+def device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device, whatever its arguments' is."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
@@ -234,7 +234,7 @@ def _check_input(x: Tensor, gated: bool) -> tuple[int, int]:
     """(M, K) of what is quantized."""
     if x.ndim != 2:
         raise ValueError(f"x: got shape {tuple(x.shape)}, needed [M, K]")
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         raise ValueError(f"x: got {x.dtype}, needed bfloat16, float16 or float32")
     if gated and x.shape[1] % 2:
         raise ValueError(f"x: got {x.shape[1]} columns, needed as many for the gate as for what it gates")
