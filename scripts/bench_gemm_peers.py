@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import fouroversix_plugin as fos
-from fouroversix_plugin.kernels import ops
+from fouroversix_plugin.kernels import ops, triton_gemm
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
 from fouroversix_plugin.recipe import Recipe
 
@@ -134,7 +133,7 @@ def _humming(weight: NVFP4Tensor, tokens: Sequence[int]) -> Call:
 
 
 def _our_moe(experts: Experts, activations: Recipe | None) -> Call:
-    w13, w2 = (ops.prepare_weight(weight, BF16) for weight in experts)
+    w13, w2 = (ops.prepare_weight(q, BF16, gated) for q, gated in zip(experts, (True, False), strict=True))
     return lambda routed: ops.moe(routed.x, w13, w2, routed.topk_weights, routed.topk_ids, activations, "silu", False)
 
 
@@ -192,6 +191,13 @@ def _parameter(tensor: Tensor) -> torch.nn.Parameter:
 
 _quantized = Recipe()
 
+
+def _by_triton(w: Any, activations: Any) -> Call:
+    weight, block_scale = triton_gemm.prepare(w.packed, w.block_scale.view(torch.uint8))
+    prepared = ops.PreparedWeight(weight, block_scale, w.row_decode_scale.contiguous())
+    return lambda x: ops.linear(x, prepared, activations, None, operators=torch.ops.fouroversix_triton)
+
+
 DENSE = {
     "w4a16": Peer("ours W4A16", lambda w, tokens: _ours(w, None)),
     "w4a4": Peer("ours W4A4", lambda w, tokens: _ours(w, _quantized), activations=_quantized),
@@ -201,10 +207,10 @@ DENSE = {
         lambda x: torch.ops.fouroversix.quantize_values(x, None, _quantized.key),
         activations=_quantized,
     ),
-    "triton-w4a16": Peer("Triton W4A16", lambda w, tokens: lambda x: fos.linear(x, w, None, backend="triton")),
+    "triton-w4a16": Peer("Triton W4A16", lambda w, tokens: _by_triton(w, None)),
     "triton-w4a4": Peer(
         "Triton W4A4",
-        lambda w, tokens: lambda x: fos.linear(x, w, _quantized, backend="triton"),
+        lambda w, tokens: _by_triton(w, _quantized),
         activations=_quantized,
     ),
     "bf16": Peer("cuBLAS bf16", lambda w, tokens: _cublas(w)),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fouroversix_plugin import reference
-from fouroversix_plugin.kernels import build, ops, triton
+from fouroversix_plugin.kernels import build, ops, triton, triton_gemm
 from fouroversix_plugin.kernels.hopper import batch_invariant
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
 from fouroversix_plugin.recipe import Recipe
@@ -86,25 +86,35 @@ def _linear(
     bias: Tensor | None,
     operators: Any = torch.ops.fouroversix,
 ) -> Tensor:
-    return ops.linear(x, ops.as_stored(w), activations, bias, operators=operators)
+    prepared = _for_triton(w) if operators is torch.ops.fouroversix_triton else ops.as_stored(w)
+    return ops.linear(x, prepared, activations, bias, operators=operators)
 
 
 def _moe(x: Tensor, w13: NVFP4Tensor, w2: NVFP4Tensor, *rest: object) -> Tensor:
     return ops.moe(x, ops.as_stored(w13), ops.as_stored(w2), *rest)  # type: ignore[arg-type]
 
 
+def _triton_moe(x: Tensor, w13: NVFP4Tensor, w2: NVFP4Tensor, *rest: object) -> Tensor:
+    return ops.moe(x, _for_triton(w13), _for_triton(w2), *rest)  # type: ignore[arg-type]
+
+
+def _for_triton(w: NVFP4Tensor) -> ops.PreparedWeight:
+    """Whose kernels then multiply, whatever else the device has."""
+    weight, block_scale = triton_gemm.prepare(w.packed, w.block_scale.view(torch.uint8))
+    return ops.PreparedWeight(weight, block_scale, w.row_decode_scale.contiguous(), w.shape[-1])
+
+
 _BACKENDS = (
     Backend("cpu", _cpu_unsupported, ops.quantize, ops.dequantize, _linear, _moe),
-    # Its products are compiled for Hopper; elsewhere they are torch's, of activations that the kernels have quantized.
+    # Its products are compiled for Hopper; elsewhere they are Triton's or torch's.
     Backend("cuda", _cuda_unsupported, ops.quantize, ops.dequantize, _linear, _moe),
-    # As above, but for the kernels.
     Backend(
         "triton",
         _triton_unsupported,
         functools.partial(ops.quantize, operators=torch.ops.fouroversix_triton),
         functools.partial(ops.dequantize, operators=torch.ops.fouroversix_triton),
         functools.partial(_linear, operators=torch.ops.fouroversix_triton),
-        _moe,
+        _triton_moe,
     ),
     Backend(
         "reference",

@@ -256,7 +256,10 @@ def product_commands(compiler: str) -> list[tuple[str, ...]]:
         for dtype in ("bf16", "fp16")
         for output in ("linear", "gated", "fp32")
     ]
-    return [*kernels, *((*common, str(csrc() / source)) for source in ("tiles_sm90.cu", "experts.cu", "launch_sm90.cpp"))]
+    return [
+        *kernels,
+        *((*common, str(csrc() / source)) for source in ("tiles_sm90.cu", "experts.cu", "launch_sm90.cpp")),
+    ]
 
 
 def _cuda_recipe() -> _Recipe:

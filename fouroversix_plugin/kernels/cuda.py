@@ -1,6 +1,7 @@
-"""The CUDA backend: compiled kernels where nvcc is, else Triton's, else torch operations; the quantizers' bytes are one.
+"""The CUDA backend: compiled kernels where nvcc is, else Triton's, else torch operations. All quantize to the same bytes.
 
-Products are compiled for Hopper; see :mod:`fouroversix_plugin.kernels.hopper`.
+Products are compiled for Hopper (:mod:`fouroversix_plugin.kernels.hopper`), Triton's elsewhere
+(:mod:`fouroversix_plugin.kernels.triton_gemm`), and torch operations without either.
 
 Nothing waits for the GPU, and no result's shape depends on values: every operator can be captured in a CUDA graph, once
 the kernels are loaded (a first call outside of the capture).
@@ -9,14 +10,14 @@ the kernels are loaded (a first call outside of the capture).
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fouroversix_plugin.kernels import build, hopper, native, reference_operators, triton
+from fouroversix_plugin.kernels import build, hopper, native, reference_operators, triton, triton_gemm
 from fouroversix_plugin.nvfp4 import ScaleLayout
 from fouroversix_plugin.recipe import Granularity, Recipe
-from fouroversix_plugin.reference import Activation
 
 
 def quantize(
@@ -48,10 +49,13 @@ def dequantize(packed: Tensor, block_scale: Tensor, decode_scale: Tensor, dtype:
 
 
 def prepare(packed: Tensor, block_scale: Tensor, dtype: torch.dtype, gated: bool) -> tuple[Tensor, Tensor]:
-    """As :func:`linear` and :func:`moe` want a weight for a model of ``dtype``: on Hopper in tiles, else as it is."""
+    """As :func:`linear` and :func:`moe` want a weight for a model of ``dtype``.
+
+    On Hopper in tiles; else, for Triton's kernels, in planes of int32; as it is where there is neither.
+    """
     if dtype in hopper.DTYPES and hopper.reason(packed.device) is None:
         return hopper.prepare(packed, block_scale, gated)
-    return packed, block_scale
+    return triton_gemm.prepare(packed, block_scale) if triton.reason() is None else (packed, block_scale)
 
 
 def linear(
@@ -71,6 +75,8 @@ def linear(
         weight, block_scale = prepare(weight, block_scale, x.dtype, False)
     if block_scale is None or weight.ndim == decode_scale.ndim + 1:
         return reference_operators.linear(x, weight, block_scale, decode_scale, token_scale, bias, dtype)
+    if weight.dtype == torch.int32:
+        return triton_gemm.linear(x, weight, block_scale, decode_scale, token_scale, bias, dtype)
     return hopper.linear(x, weight, block_scale, decode_scale, token_scale, bias).to(dtype)
 
 
@@ -82,23 +88,20 @@ def moe(
     w2: Tensor,
     w2_block_scale: Tensor | None,
     w2_decode_scale: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    activations: Recipe | None,
-    activation: Activation,
-    apply_router_weight_on_input: bool,
-    input_amax: Tensor | None,
-    inner_amax: Tensor | None,
+    *rest: Any,
 ) -> Tensor:
     """:func:`fouroversix_plugin.reference.moe` on weights as :func:`prepare` left them, or as stored."""
-    rest = (topk_weights, topk_ids, activations, activation, apply_router_weight_on_input, input_amax, inner_amax)
     if w13_block_scale is None or w2_block_scale is None:
         raise ValueError(f"moe: got expanded experts on {x.device}, needed packed ones; only the CPU expands them")
     if w13.ndim == w13_decode_scale.ndim + 1:
         w13, w13_block_scale = prepare(w13, w13_block_scale, x.dtype, True)
         w2, w2_block_scale = prepare(w2, w2_block_scale, x.dtype, False)
-    run = reference_operators.moe if w13.ndim == w13_decode_scale.ndim + 1 else hopper.moe
-    return run(x, w13, w13_block_scale, w13_decode_scale, w2, w2_block_scale, w2_decode_scale, *rest)
+    weights = (w13, w13_block_scale, w13_decode_scale, w2, w2_block_scale, w2_decode_scale)
+    if w13.ndim == w13_decode_scale.ndim + 1:
+        return reference_operators.moe(x, *weights, *rest)
+    if w13.dtype == torch.int32:
+        return triton_gemm.moe(x, *weights, *rest)
+    return hopper.moe(x, *weights, *rest)
 
 
 def _operators() -> ModuleType:

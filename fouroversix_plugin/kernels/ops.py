@@ -28,7 +28,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fouroversix_plugin.kernels import cpu, cuda, hopper, reference_operators, triton
+from fouroversix_plugin.kernels import cpu, cuda, hopper, reference_operators, triton, triton_gemm
 from fouroversix_plugin.nvfp4 import NVFP4Tensor, ScaleLayout, padded_scale_shape
 from fouroversix_plugin.recipe import BLOCK_SIZE, Granularity, Recipe
 
@@ -69,10 +69,10 @@ class PreparedWeight:
     """A weight [..., N, K] as its device's operators want it.
 
     Args:
-        weight: packed uint8 [..., N, K/2]; on the CPU in strips [..., N/16, K/16, 8, 16], on Hopper in tiles
-            [..., N/128, K/64, 4096]; or, without block scales, e2m1 * block_scale [..., N, K].
-        block_scale: E4M3 bytes of a packed weight, uint8 [..., N, K/16], or in strips [..., N/16, K/16, 16]; in tiles
-            [..., N/128, K/64, 512] with exponents of another bias; else None.
+        weight: packed uint8 [..., N, K/2]; or as a backend's ``prepare`` left it: two more dimensions in tiles for
+            Hopper, three in strips for the CPU, int32 for Triton; or, without block scales, e2m1 * block_scale
+            [..., N, K].
+        block_scale: those of a packed weight, E4M3 bytes [..., N, K/16] or as prepared; else None.
         decode_scale: float32 [..., N].
         columns: K, which tiles fill up; only :func:`unprepare_weight` asks.
         gated: that rows of tiles are 8 of gate and 8 of up in turn.
@@ -115,7 +115,9 @@ def unprepare_weight(w: PreparedWeight) -> NVFP4Tensor:
     if w.block_scale is None:
         raise ValueError(f"weight: got {w.weight.dtype} without block scales, needed packed codes")
     packed, block_scale, rows = w.weight, w.block_scale, w.decode_scale.shape[-1]
-    if packed.ndim == w.decode_scale.ndim + 3:
+    if packed.dtype == torch.int32:
+        packed, block_scale = triton_gemm.restore(packed, block_scale, rows, w.columns)
+    elif packed.ndim == w.decode_scale.ndim + 3:
         packed, block_scale = cpu.from_strips(packed, block_scale, rows)
     elif packed.ndim == w.decode_scale.ndim + 2:
         packed, block_scale = hopper.restore(packed, block_scale, rows, w.columns, w.gated)
