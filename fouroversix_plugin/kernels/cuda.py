@@ -1,4 +1,4 @@
-"""The CUDA backend: compiled kernels where nvcc is, else Triton's, else torch operations. All quantize to the same bytes.
+"""The CUDA backend: compiled kernels where nvcc is, else Triton's, else torch operations; all quantize alike.
 
 Products are compiled for Hopper (:mod:`fouroversix_plugin.kernels.hopper`), Triton's elsewhere
 (:mod:`fouroversix_plugin.kernels.triton_gemm`), and torch operations without either.
