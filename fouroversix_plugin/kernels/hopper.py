@@ -20,7 +20,9 @@ from fouroversix_plugin.reference import Activation
 DTYPES: Final = (torch.bfloat16, torch.float16)
 
 _ACTIVATIONS: Final = get_args(Activation)
-_TILE_ROWS: Final = (8, 16, 32, 64, 128)
+_TILE_ROWS: Final = (8, 32, 64, 128)
+_FEW_SLOTS: Final = 32
+"""Up to as many, the kernel for few rows is the faster one: experts hit do not fill the multiprocessors."""
 
 _batch_invariant = False
 
@@ -136,5 +138,7 @@ def moe(
 
 def _rows_of_a_tile(slots: int, experts: int) -> int:
     """Rows of x that a tile multiplies: about all that an expert has, so that its weights are read once."""
+    if slots <= _FEW_SLOTS:
+        return _TILE_ROWS[0]
     expected = slots / experts
-    return next((rows for rows in _TILE_ROWS if rows >= 1.5 * expected), _TILE_ROWS[-1])
+    return next((rows for rows in _TILE_ROWS[1:] if rows >= 1.5 * expected), _TILE_ROWS[-1])
