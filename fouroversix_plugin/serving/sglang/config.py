@@ -21,7 +21,7 @@ from fouroversix_plugin.serving.layer import LoadReport
 from fouroversix_plugin.serving.module import refuse_random_bytes
 from fouroversix_plugin.serving.scheme import claims, fused_shards, served
 from fouroversix_plugin.serving.sglang import server_args
-from fouroversix_plugin.serving.sglang.linear import OnlineLinearMethod, StoredLinearMethod
+from fouroversix_plugin.serving.sglang.linear import OnlineLinearMethod, StoredLinearMethod, spellings
 
 _FUSED: Final[Mapping[str, list[str]]] = {
     "qkv_proj": ["q_proj", "k_proj", "v_proj"],
@@ -29,6 +29,13 @@ _FUSED: Final[Mapping[str, list[str]]] = {
     "fused_qkv_a_proj_with_mqa": ["q_a_proj", "kv_a_proj_with_mqa"],
 }
 """What SGLang's models fuse; few of its classes say so themselves."""
+
+_NOT_PACKED: Final[Mapping[str, str]] = {
+    "kv_b_proj": "SGLang's latent attention multiplies by this weight itself; quantize with --ignore '*.kv_b_proj'",
+    "fused_qkv_a_proj_with_mqa": "SGLang fuses q_a_proj and kv_a_proj_with_mqa and keeps the scale of one; quantize "
+    "with --ignore '*.q_a_proj' --ignore '*.kv_a_proj_with_mqa'",
+}
+"""Layers that cannot hold a checkpoint's packed weights. Full-precision ones stay so where the weight itself is read."""
 
 
 class FourOverSixConfig(QuantizationConfig):
@@ -89,8 +96,14 @@ class FourOverSixConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, LinearBase):
-            if self.scheme.ignores(prefix, fused_shards(prefix, {**_FUSED, **self.packed_modules_mapping})):
+            mapping = {**_FUSED, **self.packed_modules_mapping}
+            if any(self.scheme.ignores(name, fused_shards(name, mapping)) for name in spellings(prefix)):
                 return UnquantizedLinearMethod()
+            if (reason := _NOT_PACKED.get(prefix.rpartition(".")[2])) is not None:
+                if self.stored is not None:
+                    raise ValueError(f"{prefix}: got packed weights, needed full precision: {reason}")
+                if prefix.endswith("kv_b_proj"):
+                    return UnquantizedLinearMethod()
             if self.stored is None:
                 return OnlineLinearMethod(self.scheme, self.report, prefix, self.random_weights)
             return StoredLinearMethod(self.scheme, self.report, prefix, self.stored)

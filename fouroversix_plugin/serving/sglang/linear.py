@@ -33,6 +33,11 @@ DONE = "fouroversix_done"
 """The attribute of a layer whose weight is prepared: SGLang may call the hook after loading again."""
 
 
+def spellings(prefix: str) -> list[str]:
+    """The names of a module to look for in an ignore list: some of SGLang's models leave out the leading ``model.``."""
+    return [prefix, prefix.removeprefix("model.") if prefix.startswith("model.") else f"model.{prefix}"]
+
+
 class _LinearMethod(LinearMethodBase):
     def __init__(self, scheme: Scheme, report: neutral.LoadReport, prefix: str) -> None:
         super().__init__()

@@ -28,7 +28,7 @@ from fouroversix_plugin.serving.module import (
     under_name,
 )
 from fouroversix_plugin.serving.sglang import RUNNER, runner_module
-from fouroversix_plugin.serving.sglang.linear import DONE, install
+from fouroversix_plugin.serving.sglang.linear import DONE, install, spellings
 from fouroversix_plugin.weights import quantize_weight
 
 _SPELLINGS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
@@ -44,7 +44,8 @@ def method_for(
     """
     name = prefix or f"layers.{layer.layer_id}.experts"
     if any(
-        scheme.ignores(name, [f"{name}.{e}.{weight}" for e in range(layer.num_experts) for weight in spelling])
+        scheme.ignores(spelled, [f"{spelled}.{e}.{weight}" for e in range(layer.num_experts) for weight in spelling])
+        for spelled in spellings(name)
         for spelling in _SPELLINGS
     ):
         return UnquantizedFusedMoEMethod(layer.use_triton_kernels, layer.use_flashinfer_trtllm_moe, layer.use_deep_gemm)
@@ -80,10 +81,10 @@ def _refuse_unsupported(layer: Any, name: str, scheme: Scheme) -> None:
         if getattr(config, setting, None) is not None
     ]
     refuse_experts(name, reasons)
-    shared = f"{name.rpartition('.')[0]}.shared_experts"
-    if layer.num_fused_shared_experts and scheme.ignores(shared, [f"{shared}.{w}" for w in _SPELLINGS[0]]):
+    shared = [f"{spelled.rpartition('.')[0]}.shared_experts" for spelled in spellings(name)]
+    if layer.num_fused_shared_experts and any(scheme.ignores(s, [f"{s}.{w}" for w in _SPELLINGS[0]]) for s in shared):
         raise ValueError(
-            f"{name}: `ignore` matches {shared!r}, which SGLang fuses with the quantized experts; pass "
+            f"{name}: `ignore` matches {shared[0]!r}, which SGLang fuses with the quantized experts; pass "
             "--disable-shared-experts-fusion"
         )
 
