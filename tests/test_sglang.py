@@ -19,7 +19,7 @@ from conftest import ROOT, assert_close
 from engines import concatenated, flat, options, run_engine, stored
 from safetensors.torch import load_file, save_file
 from server_process import ServerProcess
-from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
+from transformers import AutoTokenizer, Glm4MoeConfig, Glm4MoeForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import fouroversix_plugin as fos
 from fouroversix_plugin import reference
@@ -97,7 +97,7 @@ def served(
 def ask(url: str, prompt: list[int]) -> dict[str, Any]:
     body = {
         "input_ids": prompt,
-        "sampling_params": {"temperature": 0, "max_new_tokens": TOKENS},
+        "sampling_params": {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True},
         "return_logprob": True,
         "logprob_start_len": 0,
     }
@@ -122,6 +122,23 @@ SMALL = {
     "max_position_embeddings": 512,
     "initializer_range": 0.1,
 }
+SHARED = {
+    "vocab_size": 1024,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 2.5,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+}
 SMALL_PROMPTS = [[1, 504, 575, 282, 649, 314, 742, 5, 9, 100]]
 LAYER = "model.layers.1"
 EXPERTS = f"{LAYER}.block_sparse_moe.experts"
@@ -129,12 +146,17 @@ EXPERTS = f"{LAYER}.block_sparse_moe.experts"
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with `bf16`, `w4a16` and `w4a4`: a random Mixtral whose four heads split over two ranks."""
+    """Folder with `bf16`, `w4a16` and `w4a4`: a random Mixtral whose four heads split over two ranks.
+
+    And `shared`, in W4A16: experts beside one that all tokens share, and a factor on the routed ones.
+    """
     folder = tmp_path_factory.mktemp("small")
     torch.manual_seed(0)
     MixtralForCausalLM(MixtralConfig(**SMALL)).to(torch.bfloat16).save_pretrained(folder / "bf16")
     quantize_checkpoint(folder / "bf16", folder / "w4a16", fos.preset("w4a16"))
     quantize_checkpoint(folder / "bf16", folder / "w4a4", fos.preset("nvfp4_4over6"))
+    Glm4MoeForCausalLM(Glm4MoeConfig(**SHARED)).to(torch.bfloat16).save_pretrained(folder / "shared-bf16")
+    quantize_checkpoint(folder / "shared-bf16", folder / "shared", fos.preset("w4a16"))
     return folder
 
 
@@ -150,19 +172,27 @@ def answers(
     tokenizer = AutoTokenizer.from_pretrained(dense)
     texts: list[list[int]] = [tokenizer(text)["input_ids"] for text in TEXTS]
     bare = ["--skip-tokenizer-init", "--dtype", "bfloat16"]
+    # In BF16 the unquantized model's logprobs, too, differ between the engines: by 0.04 in the mean.
+    exact = ["--dtype", "float32"]
     jobs: dict[str, tuple[Any, ...]] = {
-        "dense": (dense, texts, [*METHOD, *asking_for("w4a16")]),
-        "dense W4A4": (dense, texts, METHOD),
-        "moe": (stored_moe, texts, [*METHOD, *RUNNER]),
-        "moe, older SGLang": (stored_moe, texts, [*METHOD, *RUNNER], RELEASES[OLDER]),
+        "dense": (dense, texts, [*METHOD, *exact, *asking_for("w4a16")]),
+        "dense W4A4": (dense, texts, [*METHOD, *exact]),
+        "moe": (stored_moe, texts, [*METHOD, *RUNNER, *exact]),
+        "moe, older SGLang": (stored_moe, texts, [*METHOD, *RUNNER, *exact], RELEASES[OLDER]),
+        "shared": (small / "shared", SMALL_PROMPTS, ["--skip-tokenizer-init", *exact]),
         "two online": (small / "bf16", SMALL_PROMPTS, [*bare, *TWO, *asking_for("w4a16"), *RUNNER]),
         "two stored": (small / "w4a16", SMALL_PROMPTS, [*bare, *TWO]),
         "two with experts": (small / "w4a16", SMALL_PROMPTS, [*bare, *TWO, "--ep-size", "2"]),
     }
-    vllm = {
-        "dense": {"model": str(dense), "options": options("w4a16"), "tokens": TOKENS},
-        "dense W4A4": {"model": str(dense), "options": {"quantization": "nvfp4_4over6"}, "tokens": TOKENS},
-        "moe": {"model": str(stored_moe), "tokens": TOKENS},
+    full = {"dtype": "float32"}
+    vllm: dict[str, dict[str, Any]] = {
+        "dense": {"model": str(dense), "options": options("w4a16") | full, "tokens": TOKENS},
+        "dense W4A4": {"model": str(dense), "options": {"quantization": "nvfp4_4over6"} | full},
+        "moe": {"model": str(stored_moe), "options": full, "tokens": TOKENS},
+    }
+    small_vllm: dict[str, dict[str, Any]] = {
+        "one": {"model": str(small / "w4a16")},
+        "shared": {"model": str(small / "shared"), "options": full, "tokens": TOKENS},
     }
     for name in ("texts", "small"):
         (folder / name).mkdir()
@@ -170,27 +200,27 @@ def answers(
     with ThreadPoolExecutor(2) as pool:
         running = {name: pool.submit(served, folder, name, *job) for name, job in jobs.items()}
         other = pool.submit(run_engine, folder / "texts", vllm, texts)
-        one = pool.submit(run_engine, folder / "small", {"one": {"model": str(small / "w4a16")}}, SMALL_PROMPTS)
+        few = pool.submit(run_engine, folder / "small", small_vllm, SMALL_PROMPTS)
         results = {name: future.result() for name, future in running.items()}
-        return results | {f"vLLM's {name}": result for name, result in (other.result() | one.result()).items()}
+        return results | {f"vLLM's {name}": result for name, result in (other.result() | few.result()).items()}
 
 
-@pytest.mark.parametrize(("name", "theirs"), [("dense", "dense"), ("moe", "moe"), ("moe, older SGLang", "moe")])
+@pytest.mark.parametrize(
+    ("name", "theirs"), [("dense", "dense"), ("moe", "moe"), ("moe, older SGLang", "moe"), ("shared", "shared")]
+)
 def test_a_w4a16_server_answers_otherwise_than_vllm(answers: dict[str, Any], name: str, theirs: str) -> None:
     difference = (flat(answers[name]) - flat(answers[f"vLLM's {theirs}"])).abs()
-    print(f"{name}: logprobs differ from vLLM's by {difference.mean():.4f}, at most {difference.max():.4f}")
-    assert difference.mean() < 0.02
-    assert difference.max() < 0.2
+    print(f"{name}: logprobs differ from vLLM's by {difference.mean():.2g}, at most {difference.max():.2g}")
+    assert difference.max() < 1e-3
     assert answers[name]["tokens"] == answers[f"vLLM's {theirs}"]["tokens"]
 
 
 def test_a_w4a4_server_answers_unlike_vllm(answers: dict[str, Any]) -> None:
-    """Rounding passes on through codes that flip: single logprobs differ, means hardly."""
-    ours, theirs = flat(answers["dense W4A4"]), flat(answers["vLLM's dense W4A4"])
-    print(f"means {ours.mean():.4f} and {theirs.mean():.4f}, mean difference {(ours - theirs).abs().mean():.4f}")
-    assert abs(ours.mean() - theirs.mean()) < 0.1
-    weight_only = (flat(answers["dense"]) - flat(answers["vLLM's dense"])).abs().mean()
-    assert (ours - theirs).abs().mean() > 3 * weight_only, "activations were not quantized"
+    """The engines' last bits differ, which flips codes of quantized activations here and there, and that is passed on."""
+    difference = (flat(answers["dense W4A4"]) - flat(answers["vLLM's dense W4A4"])).abs()
+    print(f"W4A4: logprobs differ from vLLM's by {difference.mean():.2g}, at most {difference.max():.2g}")
+    quantized = (flat(answers["dense W4A4"]) - flat(answers["dense"])).abs()
+    assert difference.mean() < 0.4 * quantized.mean()
 
 
 @pytest.mark.parametrize("way", ["two online", "two stored", "two with experts"])
@@ -362,9 +392,15 @@ def test_a_layer_is_not_the_reference(
     experts = [[stored(tensors, f"{EXPERTS}.{e}.{w}") for w in ("w1", "w3", "w2")] for e in range(4)]
     w13 = fos.NVFP4Tensor.stack([concatenated(w1, w3) for w1, w3, _ in experts])
     w2 = fos.NVFP4Tensor.stack([w2 for _, _, w2 in experts])
-    x, weights, ids = (seen[f"{EXPERTS}/{name}"] for name in ("x", "topk_weights", "topk_ids"))
+    x, y, weights, ids = (seen[f"{EXPERTS}/{name}"] for name in ("x", "y", "topk_weights", "topk_ids"))
     assert (ids == -1).any(), "an expert of another rank was not exercised"
-    assert_close(seen[f"{EXPERTS}/y"], reference.moe(x, w13, w2, weights, ids, activations), diff=1e-3, ratio=1e-2)
+    assert_close(y, reference.moe(x, w13, w2, weights, ids, activations), diff=1e-3, ratio=1e-2)
+    assert_close(seen[f"{EXPERTS}/scaled"], 2.5 * y, diff=1e-5, ratio=1e-2)
+    each = seen[f"{EXPERTS}/each"]
+    assert each.shape == (*ids.shape, x.shape[1])
+    assert_close((each.float() * weights.unsqueeze(-1)).sum(1), y, diff=1e-4, ratio=1e-2)
+    on_input = reference.moe(x, w13, w2, weights[:, :1], ids[:, :1], activations, "silu", True)
+    assert_close(seen[f"{EXPERTS}/on_input"], on_input, diff=1e-3, ratio=1e-2)
 
 
 def test_online_loading_holds_the_whole_model_in_full_precision(loaded: dict[str, Any]) -> None:

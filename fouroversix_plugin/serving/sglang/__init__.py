@@ -65,14 +65,12 @@ def runner_module() -> ModuleType:
 
 
 def server_args() -> Any:
-    """The server's arguments; they moved after 0.5.15."""
-    from sglang.srt import runtime_context
-
-    if hasattr(runtime_context, "get_server_args"):
-        return runtime_context.get_server_args()
-    from sglang.srt.server_args import get_global_server_args
-
-    return get_global_server_args()
+    """The server's arguments; before 0.5.16 they stood elsewhere."""
+    try:
+        from sglang.srt.runtime_context import get_server_args
+    except ImportError:
+        from sglang.srt.server_args import get_global_server_args as get_server_args
+    return get_server_args()
 
 
 def version_refusal(found: str) -> str | None:

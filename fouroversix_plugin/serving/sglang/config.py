@@ -35,7 +35,7 @@ _NOT_PACKED: Final[Mapping[str, str]] = {
     "fused_qkv_a_proj_with_mqa": "SGLang fuses q_a_proj and kv_a_proj_with_mqa and keeps the scale of one; quantize "
     "with --ignore '*.q_a_proj' --ignore '*.kv_a_proj_with_mqa'",
 }
-"""Layers that cannot hold a checkpoint's packed weights. Full-precision ones stay so where the weight itself is read."""
+"""Layers that cannot hold a checkpoint's packed weights, and why."""
 
 
 class FourOverSixConfig(QuantizationConfig):
@@ -81,7 +81,7 @@ class FourOverSixConfig(QuantizationConfig):
     def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: str | None) -> str | None:
         return QUANT_METHOD if claims(hf_quant_cfg, user_quant) else None
 
-    def see_checkpoint(self, name: str, config: Mapping[str, Any] | None, older: Mapping[str, Any] | None) -> None:
+    def _adopt(self, name: str, config: Mapping[str, Any] | None, older: Mapping[str, Any] | None) -> None:
         """Look into the checkpoint's own files: overrides of its config reach ``from_config`` like its block."""
         found = served(name, self.asked, config, older)
         self.scheme, self.stored, self.report.claimed = found.scheme, found.stored, found.claimed
@@ -127,7 +127,7 @@ def see_checkpoint(made: Any, model_config: Any, load_config: Any) -> None:
     _refuse_tokenizer_workers()
     where = {"revision": model_config.revision, "cache_dir": load_config.download_dir}
     files = [_json(model_config.model_path, name, **where) for name in ("config.json", HF_QUANT_CONFIG)]
-    made.see_checkpoint(model_config.model_path, *files)
+    made._adopt(model_config.model_path, *files)
     made.random_weights = load_config.load_format == "dummy"
     if made.random_weights and made.stored is not None:
         refuse_random_bytes(model_config.model_path)

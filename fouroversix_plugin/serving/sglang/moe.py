@@ -9,7 +9,7 @@ from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
 from sglang.srt.layers.moe.utils import get_moe_a2a_backend, get_moe_runner_backend
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
-from sglang.srt.utils import set_weight_attrs
+from sglang.srt.utils import is_cuda, set_weight_attrs
 from torch import Tensor
 
 from fouroversix_plugin.formats import Format
@@ -71,8 +71,6 @@ def _refuse_unsupported(layer: Any, name: str, scheme: Scheme) -> None:
     reasons = []
     if config.activation not in ACTIVATIONS:
         reasons.append(f"activation {config.activation!r} (needed one of {', '.join(ACTIVATIONS)})")
-    if layer.with_bias:
-        reasons.append("expert biases")
     if not config.is_gated:
         reasons.append("experts without a gate")
     reasons += [
@@ -93,6 +91,7 @@ class _MoEMethod(FusedMoEMethodBase):
     def __init__(self, scheme: Scheme, report: neutral.LoadReport, prefix: str) -> None:
         super().__init__()
         self.scheme, self.report, self.prefix = scheme, report, prefix
+        self.dtype = torch.bfloat16
 
     def create_weights(
         self,
@@ -103,6 +102,8 @@ class _MoEMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
+        refuse_experts(self.prefix, ["expert biases"] * bool(extra_weight_attrs.get("with_bias")))
+        self.dtype = params_dtype
         inner = intermediate_size_per_partition
         full_inner = inner * layer.moe_tp_size
         neutral.check_input_size(self.prefix, hidden_size, hidden_size)
@@ -133,7 +134,7 @@ class _MoEMethod(FusedMoEMethodBase):
             return
         w13, w2 = self._quantized(layer, "w13_"), self._quantized(layer, "w2_")
         select("moe", self.scheme.name, w13.shape, w13.device)
-        prepared = [ops.prepare_weight(q, layer.params_dtype) for q in (w13, w2)]
+        prepared = [ops.prepare_weight(q, self.dtype) for q in (w13, w2)]
         self.report.loaded(self.prefix, [w13, w2], prepared[0])
         install(layer, "w13_", prepared[0], self.prefix)
         install(layer, "w2_", prepared[1], self.prefix)
@@ -224,6 +225,10 @@ class OnlineMoEMethod(_MoEMethod):
         return f"{self.prefix} ({stem}weight)"
 
 
+RUNNERS_SCALE = is_cuda()
+"""Whether routed experts are scaled by the runner: SGLang's models do it themselves on every other device."""
+
+
 class Experts(NamedTuple):
     """What a runner gets of a layer: its weights and how activations are quantized."""
 
@@ -245,8 +250,7 @@ def run_experts(dispatch_output: Any, experts: Experts, config: Any) -> Standard
         )
         return StandardCombineInput(hidden_states=y.view(*ids.shape, -1))
     y = _run(x, weights, ids, experts, config)
-    # On other devices SGLang's models scale themselves.
-    if x.is_cuda and config.routed_scaling_factor not in (None, 1.0):
+    if RUNNERS_SCALE and config.routed_scaling_factor not in (None, 1.0):
         y = y * config.routed_scaling_factor
     return StandardCombineInput(hidden_states=y)
 
