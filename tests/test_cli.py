@@ -24,6 +24,7 @@ import fouroversix_plugin as fos
 from fouroversix_plugin import cli
 from fouroversix_plugin.doctor import examine_sglang
 from fouroversix_plugin.kernels import build
+from fouroversix_plugin.serving.sglang import register
 
 
 @pytest.fixture
@@ -158,6 +159,22 @@ def test_doctor_does_not_tell_releases_of_sglang_apart(
     assert (found["version"], found["registers"], found["error"]) == (version, registered, None)
     assert (said or "") in (found["warning"] or "")
     assert (said is None) is (found["warning"] is None)
+
+
+def test_a_release_of_sglang_that_is_too_old_takes_more_than_one_line(
+    monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    release = types.ModuleType("sglang.version")
+    release.__version__ = "0.5.9.post1"  # type: ignore[attr-defined]
+    for module in (types.ModuleType("sglang"), release):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    register()
+    (record,) = log.records
+    assert record.levelname == "ERROR"
+    assert record.message == (
+        "fouroversix: SGLang 0.5.9.post1 is too old for --quantization nvfp4_4over6, needed 0.5.14 or later; "
+        "upgrade SGLang"
+    )
 
 
 def test_doctor_builds_ahead_when_asked(

@@ -216,7 +216,7 @@ def test_a_w4a16_server_answers_otherwise_than_vllm(answers: dict[str, Any], nam
 
 
 def test_a_w4a4_server_answers_unlike_vllm(answers: dict[str, Any]) -> None:
-    """The engines' last bits differ, which flips codes of quantized activations here and there, and that is passed on."""
+    """The engines' last bits differ, which flips codes of quantized activations here and there, and these add up."""
     difference = (flat(answers["dense W4A4"]) - flat(answers["vLLM's dense W4A4"])).abs()
     print(f"W4A4: logprobs differ from vLLM's by {difference.mean():.2g}, at most {difference.max():.2g}")
     quantized = (flat(answers["dense W4A4"]) - flat(answers["dense"])).abs()

@@ -97,13 +97,17 @@ class ArrivingWeight:
         if self._amax is None:
             self._amax = torch.zeros(self._data.shape[:-2], dtype=torch.float32, device=self._data.device)
         if given.ndim == self._data.ndim:
-            amax = given.abs().amax(dim=(-2, -1)).float().to(self._amax.device)
-            torch.maximum(self._amax, amax, out=self._amax)
+            parts = [self._amax_of(part) for part in given.reshape(-1, *given.shape[-2:])]
+            torch.maximum(self._amax, torch.stack(parts).reshape(self._amax.shape), out=self._amax)
             return
-        amax = given.abs().amax().float().to(self._amax.device)
+        amax = self._amax_of(given)
         expert_values = self._data[0].numel()
         for expert in {offset // expert_values for offset, _ in copies}:
             self._amax[expert] = torch.maximum(self._amax[expert], amax)
+
+    def _amax_of(self, matrix: Tensor) -> Tensor:
+        # Copying it to a GPU is faster than reading it on one core, which is what engines leave to a loading rank.
+        return matrix.to(self._data.device).abs().amax().float()
 
     def _widened(self, amax: Tensor) -> Tensor:
         return amax if self._amax is None else torch.maximum(amax, self._amax)
