@@ -3,11 +3,9 @@
 SGLang has an environment of its own; vLLM runs in this one.
 """
 
-import asyncio
 import json
 import shlex
 import subprocess
-import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +16,7 @@ import torch
 from conftest import ROOT, assert_close
 from engines import concatenated, flat, options, run_engine, stored
 from safetensors.torch import load_file, save_file
-from server_process import ServerProcess
+from sglang_server import ask_server
 from transformers import AutoTokenizer, Glm4MoeConfig, Glm4MoeForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import fouroversix_plugin as fos
@@ -79,32 +77,7 @@ def served(
     command = ["env", *(f"{key}={value}" for key, value in variables.items()), str(SGLANG / "bin" / "python")]
     command += ["-m", "sglang.launch_server", "--model-path", str(model), "--skip-server-warmup"]
     command += ["--config", str(ROOT / "configs" / "serve" / "sglang-cpu.yaml"), *flags]
-    server = ServerProcess(shlex.join(command), folder / f"{name}.log")
-    try:
-        server.start()
-        asyncio.run(server.wait_until_ready(300))
-        url = server.base_url.removesuffix("/v1")
-        answers = [ask(url, prompt) for prompt in prompts]
-    finally:
-        server.stop()
-    return {
-        "logprobs": [[at[0] for at in answer["meta_info"]["input_token_logprobs"][1:]] for answer in answers],
-        "tokens": [answer["output_ids"] for answer in answers],
-        "log": server.log.read_text(),
-    }
-
-
-def ask(url: str, prompt: list[int]) -> dict[str, Any]:
-    body = {
-        "input_ids": prompt,
-        "sampling_params": {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True},
-        "return_logprob": True,
-        "logprob_start_len": 0,
-    }
-    request = urllib.request.Request(f"{url}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=300) as answer:
-        content: dict[str, Any] = json.load(answer)
-    return content
+    return ask_server(shlex.join(command), folder / f"{name}.log", prompts, TOKENS)
 
 
 # --- servers, beside vLLM's answers for the same checkpoints ---
