@@ -72,10 +72,11 @@ def test_an_expert_is_scaled_for_another_one(fused: bool) -> None:
         assert torch.equal(taken.packed[expert], q.packed[:, 16:])
 
 
-def test_an_expert_of_another_rank_counts() -> None:
+def test_an_expert_of_another_rank_counts_or_comes_too_late() -> None:
     data, weight = arriving((16, 32), 32)
-    loader(weight, lambda param, given: None)(data, 1000 * values(16, 32))
-    loader(weight, lambda param, given: param.copy_(given))(data, values(16, 32))
+    load = loader(weight, lambda param, given, ours: param.copy_(given) if ours else None)
+    for ours in (False, True, False):
+        load(data, values(16, 32) if ours else 1000 * values(16, 32), ours)
     assert_same_bytes(weight.take(), quantize_weight("layer", values(16, 32), RECIPE))
 
 
@@ -101,5 +102,7 @@ def test_what_is_wrong_is_quantized() -> None:
     with pytest.raises(ValueError, match=r"layer.weight: got nothing"):
         weight.take()
     load(data, values(64, 32))
-    with pytest.raises(ValueError, match="cannot be loaded again: restart the server"):
-        load(data, values(64, 32))
+    whole = loader(weight, lambda param, given: param.copy_(given))
+    for again in (load, whole):
+        with pytest.raises(ValueError, match="cannot be loaded again: restart the server"):
+            again(data, values(64, 32))

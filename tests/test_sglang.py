@@ -44,6 +44,8 @@ TOKENS = 12
 METHOD = ["--quantization", "nvfp4_4over6"]
 RUNNER = ["--moe-runner-backend", "fouroversix"]
 TWO = ["--tp", "2"]
+HALVES = ["--ep-size", "2"]
+"""Each rank has half of the experts, instead of half of each."""
 
 
 def asking_for(recipe: str, **more: Any) -> list[str]:
@@ -155,7 +157,8 @@ def answers(
         "shared": (small / "shared", SMALL_PROMPTS, ["--skip-tokenizer-init", *exact]),
         "two online": (small / "bf16", SMALL_PROMPTS, [*bare, *TWO, *asking_for("w4a16"), *RUNNER]),
         "two stored": (small / "w4a16", SMALL_PROMPTS, [*bare, *TWO]),
-        "two with experts": (small / "w4a16", SMALL_PROMPTS, [*bare, *TWO, "--ep-size", "2"]),
+        "two with experts": (small / "w4a16", SMALL_PROMPTS, [*bare, *TWO, *HALVES]),
+        "two with experts online": (small / "bf16", SMALL_PROMPTS, [*bare, *TWO, *HALVES, *asking_for("w4a16")]),
     }
     full = {"dtype": "float32"}
     vllm: dict[str, dict[str, Any]] = {
@@ -204,6 +207,7 @@ def test_two_ranks_answer_otherwise_than_one(answers: dict[str, Any], way: str) 
 def test_two_ranks_quantize_for_their_own_amax(answers: dict[str, Any]) -> None:
     """With one amax over the ranks, online bytes are slices of the stored ones: not a bit differs."""
     assert torch.equal(flat(answers["two online"]), flat(answers["two stored"]))
+    assert torch.equal(flat(answers["two with experts online"]), flat(answers["two with experts"]))
 
 
 def test_the_log_does_not_say_what_was_loaded(answers: dict[str, Any]) -> None:

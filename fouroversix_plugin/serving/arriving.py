@@ -21,15 +21,23 @@ from fouroversix_plugin.weights import check_full_precision, missing, quantize_w
 
 
 class _Copies(TorchDispatchMode):
-    """Where in a storage tensors were copied to: (offset, how many values) of each copy."""
+    """Where in a storage tensors are copied to: (offset, how many values) of each copy.
 
-    def __init__(self, storage: torch.UntypedStorage) -> None:
+    Args:
+        storage: to watch.
+        closed: whether copying there is a RuntimeError, as touching a tensor without memory is.
+    """
+
+    def __init__(self, storage: torch.UntypedStorage, closed: bool) -> None:
         super().__init__()
         self.made: list[tuple[int, int]] = []
-        self._address = storage.data_ptr()
+        # The storage itself, not its memory: without any, all of them lie at 0.
+        self._storage, self._closed = storage._cdata, closed
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.copy_.default and args[0].untyped_storage().data_ptr() == self._address:
+        if func is torch.ops.aten.copy_.default and args[0].untyped_storage()._cdata == self._storage:
+            if self._closed:
+                raise RuntimeError("a copy into a weight that is quantized already")
             self.made.append((args[0].storage_offset(), args[0].numel()))
         return func(*args, **(kwargs or {}))
 
@@ -70,18 +78,23 @@ class ArrivingWeight:
                 needed = (loaded_weight.shape[0] if n is None else n, self._full_columns)
                 check_shape(f"{self._name}.weight", loaded_weight, needed)
             with self._lock:
-                if self._missing == 0:
-                    raise ValueError(
-                        f"{self._name}: got a tensor after all of its {self._data.numel()} values had come; weights "
-                        "that are quantized while loading cannot be loaded again: restart the server"
-                    )
-                storage = self._data.untyped_storage()
-                if storage.nbytes() == 0:
+                complete, storage = self._missing == 0, self._data.untyped_storage()
+                if not complete and storage.nbytes() == 0:
                     storage.resize_(self._nbytes)
-                with _Copies(storage) as copies:
-                    result = loader(param, loaded_weight, *shard, **named)
+                copies = _Copies(storage, complete)
+                try:
+                    # Experts of other ranks are handed over, too, and copied nowhere.
+                    with copies:
+                        result = loader(param, loaded_weight, *shard, **named)
+                except RuntimeError as error:
+                    if not complete:
+                        raise
+                    raise ValueError(
+                        f"{self._name}.weight: got a tensor after all of its {self._data.numel()} values had come; "
+                        "weights that are quantized while loading cannot be loaded again: restart the server"
+                    ) from error
                 self._note(loaded_weight, copies.made)
-                if self._missing == 0:
+                if self._missing == 0 and not complete:
                     self._quantized = quantize_weight(self._name, self._data, self._recipe, self._widened)
                     storage.resize_(0)
             return result
