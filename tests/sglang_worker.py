@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from log_lines import Lines
 from safetensors.torch import save_file
 from sglang.srt.configs.device_config import DeviceConfig
 from sglang.srt.configs.load_config import LoadConfig
@@ -32,17 +33,6 @@ from fouroversix_plugin.serving import arriving
 from fouroversix_plugin.serving.sglang import moe
 
 FLAGS = ["--device", "cpu", "--skip-tokenizer-init", "--attention-backend", "torch_native"]
-
-
-class Lines(logging.Handler):
-    """Keeps what the plugin logs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
 
 
 class Watch:

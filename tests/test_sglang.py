@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, assert_close
-from engines import concatenated, flat, options, run_engine, stored
+from engines import SMALL, concatenated, flat, options, run_engine, stored
 from safetensors.torch import load_file, save_file
 from sglang_server import ask_server
 from transformers import AutoTokenizer, Glm4MoeConfig, Glm4MoeForCausalLM, MixtralConfig, MixtralForCausalLM
@@ -84,19 +84,6 @@ def served(
 
 # --- servers, beside vLLM's answers for the same checkpoints ---
 
-SMALL = {
-    "vocab_size": 1024,
-    "hidden_size": 256,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.1,
-}
 SHARED = {
     "vocab_size": 1024,
     "hidden_size": 256,

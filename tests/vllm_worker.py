@@ -21,6 +21,7 @@ os.environ |= {
 }
 
 import torch
+from log_lines import Lines
 from safetensors.torch import save_file
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
@@ -36,17 +37,6 @@ DEFAULTS = {
     "skip_tokenizer_init": True,
     "seed": 0,
 }
-
-
-class Lines(logging.Handler):
-    """Keeps what the plugin logs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
 
 
 class Watch:

@@ -29,6 +29,9 @@ from fouroversix_plugin.serving.module import (
 )
 from fouroversix_plugin.weights import quantize_weight
 
+_Loader = Callable[..., Any]
+_Rows = Callable[..., int | None]
+
 DONE = "fouroversix_done"
 """The attribute of a layer whose weight is prepared: SGLang may call the hook after loading again."""
 
@@ -64,14 +67,7 @@ class _LinearMethod(LinearMethodBase):
 
         self._create(layer, shape, params_dtype, extra_weight_attrs["weight_loader"], rows_of)
 
-    def _create(
-        self,
-        layer: Any,
-        shape: neutral.WeightShape,
-        dtype: torch.dtype,
-        loader: Callable[..., Any],
-        rows_of: Callable[..., int | None],
-    ) -> None:
+    def _create(self, layer: Any, shape: neutral.WeightShape, dtype: torch.dtype, loader: _Loader, rows: _Rows) -> None:
         raise NotImplementedError
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -98,18 +94,11 @@ class StoredLinearMethod(_LinearMethod):
         super().__init__(scheme, report, prefix)
         self.form = form
 
-    def _create(
-        self,
-        layer: Any,
-        shape: neutral.WeightShape,
-        dtype: torch.dtype,
-        loader: Callable[..., Any],
-        rows_of: Callable[..., int | None],
-    ) -> None:
+    def _create(self, layer: Any, shape: neutral.WeightShape, dtype: torch.dtype, loader: _Loader, rows: _Rows) -> None:
         for stored in shape.stored(self.form):
             whole = stored.part in ("packed", "block_scale")
             filling = loader if whole else fill_all_shards(loader)
-            checked = stored.loader(filling, self.prefix, self.scheme.weights, rows_of, pads=True)
+            checked = stored.loader(filling, self.prefix, self.scheme.weights, rows, pads=True)
             if whole:
                 parameter = ModelWeightParameter(data=stored.empty, input_dim=1, output_dim=0, weight_loader=checked)
             else:
@@ -128,18 +117,11 @@ class OnlineLinearMethod(_LinearMethod):
         self.random_weights = random_weights
         self.arriving: ArrivingWeight | None = None
 
-    def _create(
-        self,
-        layer: Any,
-        shape: neutral.WeightShape,
-        dtype: torch.dtype,
-        loader: Callable[..., Any],
-        rows_of: Callable[..., int | None],
-    ) -> None:
+    def _create(self, layer: Any, shape: neutral.WeightShape, dtype: torch.dtype, loader: _Loader, rows: _Rows) -> None:
         weight = torch.empty(shape.rows, shape.columns, dtype=dtype)
         if not self.random_weights:
             self.arriving = ArrivingWeight(self.prefix, weight, shape.full_columns, self.scheme.weights)
-            loader = self.arriving.loader(loader, rows_of)
+            loader = self.arriving.loader(loader, rows)
         parameter = ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=loader)
         layer.register_parameter("weight", parameter)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -112,18 +113,10 @@ class _MoEMethod(FusedMoEMethodBase):
         lead = (num_experts,)
         w13 = neutral.WeightShape(2 * inner, hidden_size, hidden_size, shards=2, lead=lead)
         w2 = neutral.WeightShape(hidden_size, inner, full_inner, shards=1, lead=lead)
-        self._create(layer, "w13_", w13, full_inner, params_dtype, extra_weight_attrs)
-        self._create(layer, "w2_", w2, hidden_size, params_dtype, extra_weight_attrs)
+        self._create(layer, "w13_", w13, extra_weight_attrs)
+        self._create(layer, "w2_", w2, extra_weight_attrs)
 
-    def _create(
-        self,
-        layer: Any,
-        stem: str,
-        shape: neutral.WeightShape,
-        full_rows: int,
-        dtype: torch.dtype,
-        attributes: dict[str, Any],
-    ) -> None:
+    def _create(self, layer: Any, stem: str, shape: neutral.WeightShape, attributes: dict[str, Any]) -> None:
         raise NotImplementedError
 
     def create_moe_runner(self, layer: Any, moe_runner_config: Any) -> None:
@@ -154,6 +147,12 @@ class _MoEMethod(FusedMoEMethodBase):
         return self.runner.run(dispatch_output, experts)
 
 
+def _full_rows(layer: Any, stem: str, shape: neutral.WeightShape) -> Callable[..., int]:
+    """N of one of an expert's three weights over all ranks, whatever the shard."""
+    rows = shape.rows if stem == "w2_" else shape.rows // 2 * layer.moe_tp_size
+    return lambda *shard, **named: rows
+
+
 class StoredMoEMethod(_MoEMethod):
     """Experts of a quantized checkpoint."""
 
@@ -161,15 +160,7 @@ class StoredMoEMethod(_MoEMethod):
         super().__init__(scheme, report, prefix)
         self.form = form
 
-    def _create(
-        self,
-        layer: Any,
-        stem: str,
-        shape: neutral.WeightShape,
-        full_rows: int,
-        dtype: torch.dtype,
-        attributes: dict[str, Any],
-    ) -> None:
+    def _create(self, layer: Any, stem: str, shape: neutral.WeightShape, attributes: dict[str, Any]) -> None:
         for stored in shape.stored(self.form):
             parameter = torch.nn.Parameter(stored.empty, requires_grad=False)
             layer.register_parameter(stem + stored.name, parameter)
@@ -178,7 +169,7 @@ class StoredMoEMethod(_MoEMethod):
                 under_name(attributes["weight_loader"], stem + kind.name),
                 f"{self.prefix} ({stem}*)",
                 self.scheme.weights,
-                lambda *shard, **named: full_rows,
+                _full_rows(layer, stem, shape),
                 pads=True,
             )
             set_weight_attrs(parameter, {**attributes, **kind.attributes, "weight_loader": loader})
@@ -197,19 +188,11 @@ class OnlineMoEMethod(_MoEMethod):
         self.random_weights = random_weights
         self.arriving: dict[str, ArrivingWeight] = {}
 
-    def _create(
-        self,
-        layer: Any,
-        stem: str,
-        shape: neutral.WeightShape,
-        full_rows: int,
-        dtype: torch.dtype,
-        attributes: dict[str, Any],
-    ) -> None:
-        weight = torch.empty(*shape.lead, shape.rows, shape.columns, dtype=dtype)
+    def _create(self, layer: Any, stem: str, shape: neutral.WeightShape, attributes: dict[str, Any]) -> None:
+        weight = torch.empty(*shape.lead, shape.rows, shape.columns, dtype=self.dtype)
         if not self.random_weights:
             arriving = ArrivingWeight(self._name(stem), weight, shape.full_columns, self.scheme.weights)
-            loader = arriving.loader(attributes["weight_loader"], lambda *shard, **named: full_rows)
+            loader = arriving.loader(attributes["weight_loader"], _full_rows(layer, stem, shape))
             self.arriving[stem] = arriving
             attributes = {**attributes, "weight_loader": loader}
         parameter = torch.nn.Parameter(weight, requires_grad=False)
