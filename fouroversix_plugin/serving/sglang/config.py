@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,6 @@ import torch
 from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
-from sglang.srt.models.registry import ModelRegistry
 from transformers.utils import cached_file
 
 from fouroversix_plugin.checkpoint.files import HF_QUANT_CONFIG, read_json
@@ -48,6 +48,7 @@ class FourOverSixConfig(QuantizationConfig):
         self.stored: Format | None = None
         self.random_weights = False
         self.report = LoadReport()
+        self._unnamed = itertools.count(1)
 
     def __repr__(self) -> str:
         kind = "online" if self.stored is None else f"stored by {self.stored.name}"
@@ -104,9 +105,11 @@ class FourOverSixConfig(QuantizationConfig):
                     raise ValueError(f"{prefix}: got packed weights, needed full precision: {reason}")
                 if prefix.endswith("kv_b_proj"):
                     return UnquantizedLinearMethod()
+            # Some models name none of their layers.
+            name = prefix or f"{type(layer).__name__} {next(self._unnamed)}"
             if self.stored is None:
-                return OnlineLinearMethod(self.scheme, self.report, prefix, self.random_weights)
-            return StoredLinearMethod(self.scheme, self.report, prefix, self.stored)
+                return OnlineLinearMethod(self.scheme, self.report, name, self.random_weights)
+            return StoredLinearMethod(self.scheme, self.report, name, self.stored)
         # Experts are known by the name of their class or a parent's, and the MoE half is imported where it is needed: a
         # class renamed there must not cost dense models the plugin.
         if all(parent.__name__ != "FusedMoE" for parent in type(layer).__mro__):
@@ -137,6 +140,9 @@ def with_fused_experts(found: tuple[Any, str], model_config: Any) -> tuple[Any, 
     """After SGLang has chosen a model's class: it knows by name for which methods Mixtral's experts can be fused."""
     if found[1] != "QuantMixtralForCausalLM" or model_config.quantization != QUANT_METHOD:
         return None
+    # Here, because it imports every model.
+    from sglang.srt.models.registry import ModelRegistry
+
     fused: tuple[Any, str] = ModelRegistry.resolve_model_cls(["MixtralForCausalLM"])
     return fused
 
