@@ -70,7 +70,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
             f"{kind} online": (source, [*WEIGHT_ONLY, *BACKENDS, *EAGER]),
             f"{kind} online W4A4": (source, [*HOPPER, *EAGER]),
             f"{kind} stored W4A4": (w4a4, [*HOPPER, *EAGER]),
-            f"{kind} stored, CUDA graphs": (w4a16, BACKENDS),
+            f"{kind} stored, CUDA graphs": (w4a16, [*BACKENDS, "--cuda-graph-max-bs-decode", "4"]),
         }
     if torch.cuda.device_count() > 1:
         override = ["--json-model-override-args", json.dumps(options("w4a16")["hf_overrides"])]
