@@ -6,9 +6,11 @@ import importlib.metadata
 import importlib.util
 import platform
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 from fouroversix_plugin import __version__
+from fouroversix_plugin.recipe import QUANT_METHOD
 
 
 def examine() -> dict[str, Any]:
@@ -21,54 +23,68 @@ def examine() -> dict[str, Any]:
         f"{torch.cuda.get_device_name(i)} (sm_{''.join(map(str, torch.cuda.get_device_capability(i)))})"
         for i in range(torch.cuda.device_count())
     ]
-    vllm = examine_vllm()
+    engines = {"vllm": examine_vllm(), "sglang": examine_sglang()}
     return {
         "schema_version": 1,
-        "ok": vllm["error"] is None,
+        "ok": all(found["error"] is None for found in engines.values()),
         "fouroversix_plugin": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "gpus": gpus,
         "backends": backends(),
-        "engines": {"vllm": vllm, "sglang": examine_sglang()},
+        "engines": engines,
     }
 
 
-def examine_sglang() -> dict[str, Any]:
-    """Whether SGLang is installed; this release has no plugin for it."""
-    try:
-        version = importlib.metadata.version("sglang")
-    except importlib.metadata.PackageNotFoundError:
-        version = None
-    warning = None if version is None else "planned, not in this release"
-    return {"version": version, "warning": warning, "registers": False, "error": None}
-
-
 def examine_vllm() -> dict[str, Any]:
-    """Whether vLLM is installed, in the checked range, and takes the plugin; ``error`` is the whole traceback if not.
+    """Whether vLLM is installed, in the checked range, and takes the plugin; see :func:`_examine`."""
 
-    vLLM itself only logs a plugin's failure and then calls the quantization method unknown.
-    """
-    found: dict[str, Any] = {"version": None, "warning": None, "registers": False, "error": None}
-    if importlib.util.find_spec("vllm") is None:
-        return found
-    try:
-        entry = [e for e in importlib.metadata.entry_points(group="vllm.general_plugins") if e.name == "fouroversix"]
-        if not entry:
-            raise RuntimeError(
-                "no entry point `fouroversix` in the group vllm.general_plugins; install the package (pip install -e .)"
-            )
-        entry[0].load()()
+    def look(found: dict[str, Any]) -> None:
         import vllm
         from vllm.model_executor.layers.quantization import get_quantization_config
 
-        from fouroversix_plugin.recipe import QUANT_METHOD
         from fouroversix_plugin.serving.vllm import moe, version_warning  # noqa: F401 (the MoE half loads late)
 
         found["version"] = vllm.__version__
         found["warning"] = version_warning()
         found["registers"] = get_quantization_config(QUANT_METHOD).get_name() == QUANT_METHOD
+
+    return _examine("vllm", "vllm.general_plugins", look)
+
+
+def examine_sglang() -> dict[str, Any]:
+    """Whether SGLang is installed, in the checked range, and takes the plugin; see :func:`_examine`."""
+
+    def look(found: dict[str, Any]) -> None:
+        from sglang.srt.layers.quantization import QUANTIZATION_METHODS
+        from sglang.version import __version__ as version
+
+        from fouroversix_plugin.serving.sglang import version_refusal, version_warning
+
+        found["version"] = version
+        found["warning"] = version_refusal(version) or version_warning(version)
+        found["registers"] = QUANT_METHOD in QUANTIZATION_METHODS
+
+    return _examine("sglang", "sglang.srt.plugins", look)
+
+
+def _examine(engine: str, group: str, look: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """What ``look`` finds of an engine once the plugin was asked to register; ``error`` is the whole traceback if not.
+
+    Engines themselves only log a plugin's failure and then call the quantization method unknown.
+    """
+    found: dict[str, Any] = {"version": None, "warning": None, "registers": False, "error": None}
+    if importlib.util.find_spec(engine) is None:
+        return found
+    try:
+        entry = [e for e in importlib.metadata.entry_points(group=group) if e.name == "fouroversix"]
+        if not entry:
+            raise RuntimeError(
+                f"no entry point `fouroversix` in the group {group}; install the package (pip install -e .)"
+            )
+        entry[0].load()()
+        look(found)
     except Exception:
         found["error"] = traceback.format_exc()
     return found
@@ -84,19 +100,15 @@ def describe(report: dict[str, Any]) -> str:
         *(f"  {name:12}{reason or 'ready'}" for name, reason in report["backends"].items()),
         "engines:",
     ]
-    vllm = report["engines"]["vllm"]
-    if vllm["error"] is not None:
-        lines.append("  vllm        the plugin does not load:")
-        lines += [f"    {line}" for line in vllm["error"].rstrip().splitlines()]
-    elif vllm["version"] is None:
-        lines.append("  vllm        not installed")
-    else:
-        lines.append(f"  vllm        {vllm['version']}: --quantization nvfp4_4over6 is registered")
-    if vllm["warning"]:
-        lines.append(f"              {vllm['warning']}")
-    sglang = report["engines"]["sglang"]
-    lines.append(
-        f"  sglang      {sglang['version'] or 'not installed'}"
-        + (f": {sglang['warning']}" if sglang["warning"] else "")
-    )
+    for name, found in report["engines"].items():
+        if found["error"] is not None:
+            lines.append(f"  {name:12}the plugin does not load:")
+            lines += [f"    {line}" for line in found["error"].rstrip().splitlines()]
+        elif found["version"] is None:
+            lines.append(f"  {name:12}not installed")
+        else:
+            registered = "is" if found["registers"] else "is not"
+            lines.append(f"  {name:12}{found['version']}: --quantization {QUANT_METHOD} {registered} registered")
+        if found["warning"]:
+            lines.append(f"              {found['warning']}")
     return "\n".join(lines)

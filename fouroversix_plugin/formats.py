@@ -73,14 +73,14 @@ class Format:
         if part == "packed":
             tensor = as_dtype(name, tensor, torch.uint8, torch.int8, getattr(torch, "float4_e2m1fn_x2", torch.uint8))
             stored_rows = padded_rows(rows) if self.padded else rows
-            _check_shape(name, tensor, (stored_rows, (padded_columns(columns) if self.padded else columns) // 2))
+            check_shape(name, tensor, (stored_rows, (padded_columns(columns) if self.padded else columns) // 2))
             return tensor[:rows, : columns // 2]
         if part == "block_scale":
             tensor = as_dtype(name, tensor, torch.float8_e4m3fn, torch.uint8)
             if not self.padded:
-                _check_shape(name, tensor, (rows, columns // BLOCK_SIZE))
+                check_shape(name, tensor, (rows, columns // BLOCK_SIZE))
                 return tensor
-            _check_shape(name, tensor, (padded_rows(rows) * padded_columns(columns) // BLOCK_SIZE,))
+            check_shape(name, tensor, (padded_rows(rows) * padded_columns(columns) // BLOCK_SIZE,))
             blocks = padded_columns(columns) // BLOCK_SIZE
             return scales_from_layout(tensor, "128x4", padded_rows(rows), blocks)[:rows, : columns // BLOCK_SIZE]
         if part == "metadata":
@@ -319,6 +319,7 @@ def as_dtype(name: str, tensor: Tensor, needed: torch.dtype, *same_bytes: torch.
     return tensor
 
 
-def _check_shape(name: str, tensor: Tensor, needed: tuple[int, ...]) -> None:
+def check_shape(name: str, tensor: Tensor, needed: tuple[int, ...]) -> None:
+    """Raise ValueError unless ``tensor`` has the shape ``needed``."""
     if tuple(tensor.shape) != needed:
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, needed {needed}")

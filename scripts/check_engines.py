@@ -35,8 +35,38 @@ class Engine(NamedTuple):
     strings: dict[str, tuple[str, ...]]  # module: what is agreed on by spelling only
     variables: tuple[str, ...]  # the plugin's names for handed objects: all attributes it reads of them need a row,
     not_theirs: tuple[str, ...]  # except these, which the plugin itself, torch or Python put there
+    beside: tuple[str, ...] = ()  # files in which engines' directories share what they do with handed objects
+    gates: tuple[tuple[str, str, str], ...] = ()  # module:name or module:class, first and last release with that row
+
+    def at(self, version: str) -> "Engine":
+        """The table without the rows that the plugin does not use in this release."""
+
+        def used(key: str) -> bool:
+            return all(
+                (not first or _numbers(first) <= _numbers(version))
+                and (not last or _numbers(version) <= _numbers(last))
+                for gated, first, last in self.gates
+                if gated == key
+            )
+
+        def kept(section: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+            rows = {
+                key: tuple(row for row in rows if used(f"{key}:{row.partition('(')[0]}"))
+                for key, rows in section.items()
+                if used(key)
+            }
+            return {key: rows for key, rows in rows.items() if rows}
+
+        return self._replace(
+            imports=kept(self.imports), handed=kept(self.handed), overrides=kept(self.overrides), gates=()
+        )
 
 
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:3])
+
+
+_BESIDE = ("fouroversix_plugin/serving/module.py",)
 _LAYERS = "vllm.model_executor.layers"
 _MOE = f"{_LAYERS}.fused_moe"
 VLLM = Engine(
@@ -151,8 +181,145 @@ VLLM = Engine(
         "w2_weight",
         "value",
     ),
+    beside=_BESIDE,
 )
-ENGINES = {engine.name: engine for engine in (VLLM,)}
+_SRT = "sglang.srt.layers"
+_QUANTIZATION = f"{_SRT}.quantization"
+_RUNNER = f"{_SRT}.moe.moe_runner"
+SGLANG = Engine(
+    name="sglang",
+    versions=("0.5.14", "0.5.16", "0.5.18", "0.5.19", "0.5.23"),
+    plugin="fouroversix_plugin/serving/sglang",
+    imports={
+        "sglang.version": ("__version__",),
+        "sglang.srt.runtime_context": ("get_server_args()",),
+        "sglang.srt.plugins.hook_registry": ("HookRegistry", "HookType"),
+        "sglang.srt.server_args": (
+            "add_quantization_method_choices",
+            "add_moe_runner_backend_choices",
+            "get_global_server_args()",
+        ),
+        "sglang.srt.models.registry": ("ModelRegistry",),
+        "sglang.srt.utils": ("is_cuda()", "set_weight_attrs(_, _)"),
+        _QUANTIZATION: ("CPU_QUANTIZATION_METHODS", "QUANTIZATION_METHODS"),
+        f"{_QUANTIZATION}.base_config": (
+            "FusedMoEMethodBase()",
+            "LinearMethodBase()",
+            "QuantizationConfig()",
+            "QuantizeMethodBase",
+        ),
+        f"{_QUANTIZATION}.unquant": (
+            "UnquantizedLinearMethod()",
+            "UnquantizedFusedMoEMethod(use_triton_kernels, use_flashinfer_trtllm_moe, use_deep_gemm)",
+        ),
+        f"{_SRT}.linear": ("LinearBase", "WEIGHT_LOADER_V2_SUPPORTED"),
+        f"{_SRT}.parameter": (
+            "ModelWeightParameter(*, data, input_dim, output_dim, weight_loader)",
+            "PerTensorScaleParameter(*, data, weight_loader)",
+        ),
+        f"{_SRT}.moe": ("moe_runner",),
+        f"{_SRT}.moe.token_dispatcher": ("StandardCombineInput",),
+        f"{_SRT}.moe.utils": (
+            "MoeRunnerBackend",
+            "get_moe_a2a_backend()",
+            "get_moe_runner_backend()",
+            "resolve_moe_runner_backend(_)",
+        ),
+        _RUNNER: ("MoeRunner(runner_backend, config)", "register_moe_runner_core(backend_name, factory)"),
+        f"{_RUNNER}.base": ("DispatchMoeRunnerCore",),
+    },
+    handed={
+        f"{_QUANTIZATION}.base_config:QuantizationConfig": ("packed_modules_mapping",),
+        f"{_SRT}.linear:LinearBase": ("params_dtype",),
+        f"{_SRT}.linear:QKVParallelLinear": ("head_size", "total_num_heads", "total_num_kv_heads"),
+        f"{_SRT}.moe.fused_moe_triton.layer:FusedMoE": (
+            "layer_id",
+            "moe_runner_config",
+            "moe_tp_size",
+            "num_experts",
+            "num_fused_shared_experts",
+            "use_deep_gemm",
+            "use_flashinfer_trtllm_moe",
+            "use_triton_kernels",
+        ),
+        f"{_RUNNER}.base:MoeRunnerConfig": (
+            "activation",
+            "apply_router_weight_on_input",
+            "is_gated",
+            "no_combine",
+            "routed_scaling_factor",
+        ),
+        f"{_RUNNER}:MoeRunner": ("clear_overlap_args()",),
+        f"{_SRT}.moe.token_dispatcher:StandardDispatchOutput": ("hidden_states", "topk_output"),
+        f"{_SRT}.moe.topk:StandardTopKOutput": ("topk_ids", "topk_weights"),
+        "sglang.srt.configs.model_config:ModelConfig": ("model_path", "quantization", "revision"),
+        "sglang.srt.configs.load_config:LoadConfig": ("download_dir", "load_format"),
+        "sglang.srt.models.utils:WeightsMapper": ("apply_list(_)",),
+    },
+    overrides={
+        f"{_QUANTIZATION}.base_config:QuantizationConfig": (
+            "get_name()",
+            "get_supported_act_dtypes()",
+            "get_min_capability()",
+            "get_config_filenames()",
+            "from_config(config)",
+            "get_quant_method(layer, prefix)",
+            "get_scaled_act_names()",
+            "apply_weight_name_mapper(hf_to_sglang_mapper)",
+            "override_quantization_method(hf_quant_cfg, user_quant)",
+        ),
+        f"{_QUANTIZATION}.base_config:LinearMethodBase": (
+            "create_weights(layer, input_size_per_partition, output_partition_sizes, input_size, output_size,"
+            " params_dtype, **extra_weight_attrs)",
+            "process_weights_after_loading(layer)",
+            "apply(layer, x, bias=None)",
+        ),
+        f"{_QUANTIZATION}.base_config:FusedMoEMethodBase": (
+            "create_weights(layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype,"
+            " **extra_weight_attrs)",
+            "create_moe_runner(layer, moe_runner_config)",
+            "process_weights_after_loading(layer)",
+            "apply(layer, dispatch_output)",
+        ),
+        f"{_RUNNER}.base:DispatchMoeRunnerCore": (
+            "runner_backend()",
+            "run_from_dispatch(dispatch_output, quant_info, runner_config, hooks=None)",
+        ),
+    },
+    callers={
+        "sglang.srt.configs.model_config": ("QuantizationConfig.override_quantization_method",),
+        f"{_SRT}.linear": ("LinearMethodBase.create_weights", "LinearMethodBase.apply"),
+        f"{_SRT}.moe.fused_moe_triton.layer": (
+            "FusedMoEMethodBase.create_weights",
+            "FusedMoEMethodBase.create_moe_runner",
+            "FusedMoEMethodBase.apply",
+        ),
+    },
+    strings={
+        "sglang.srt.plugins": ("sglang.srt.plugins",),
+        "sglang.srt.model_loader.utils": ("QuantMixtralForCausalLM",),
+        f"{_SRT}.linear": ("weight_loader",),
+        f"{_SRT}.moe.fused_moe_triton.layer": ("weight_loader", "quant_method", "block", "tensor"),
+    },
+    variables=("self", "layer", "config", "hf_to_sglang_mapper", "model_config", "load_config", "dispatch_output"),
+    not_theirs=(
+        "register_parameter",
+        "register_buffer",
+        "weight",
+        "data",
+        "get",
+    ),
+    beside=_BESIDE,
+    gates=(
+        ("sglang.srt.server_args:get_global_server_args", "", "0.5.14"),
+        ("sglang.srt.runtime_context:get_server_args", "0.5.16", ""),
+        (f"{_RUNNER}:register_moe_runner_core", "0.5.19", ""),
+        (f"{_RUNNER}.base", "0.5.19", ""),
+        (f"{_RUNNER}.base:DispatchMoeRunnerCore", "0.5.19", ""),
+        (f"{_SRT}.moe.utils:resolve_moe_runner_backend", "0.5.19", ""),
+    ),
+)
+ENGINES = {engine.name: engine for engine in (VLLM, SGLANG)}
 
 
 class Problem(NamedTuple):
@@ -498,6 +665,7 @@ def _caller_problems(module: str, tree: ast.Module | None, methods: dict[str, Si
 def check_table(engine: Engine, plugin: Path, entry_points: Iterable[str] = ()) -> list[Problem]:
     """Where the table is not what the plugin's code uses."""
     files = {path.relative_to(plugin).as_posix(): path for path in sorted(plugin.rglob("*.py"))}
+    files |= {path: ROOT / path for path in engine.beside}
     trees = {file: ast.parse(path.read_text(encoding="utf-8")) for file, path in files.items()}
     nodes = [(file, node) for file, tree in trees.items() for node in ast.walk(tree)]
     texts = {text for tree in trees.values() for text in _texts(tree)} | set(entry_points)
@@ -606,7 +774,8 @@ def fetch(engine: str, version: str, cache: Path) -> Path:
         print(f"check_engines: downloading {engine} {version}", file=sys.stderr)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         # The wheel is only read, so it need not be one for this machine.
-        command += ["--python-version", "3.12", "--platform", "manylinux_2_28_x86_64"]
+        command += ["--python-version", "3.12"]
+        command += ["--platform", "manylinux_2_28_x86_64", "--platform", "manylinux_2_34_x86_64"]
         command += ["--dest", str(wheels), f"{engine}=={version}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -648,7 +817,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{engine.name:8}{version:10}skipped: {error}", flush=True)
                 continue
             checked += 1
-            failed |= _report(engine.name, version, check(engine, Sources(path)))
+            failed |= _report(engine.name, version, check(engine.at(version), Sources(path)))
         if not checked:
             print(f"No release of {engine.name} could be had: only the table was checked, against the plugin.")
     return int(failed)

@@ -14,6 +14,21 @@ from safetensors.torch import load_file, save_file
 
 import fouroversix_plugin as fos
 
+# A random Mixtral whose four heads split over two ranks.
+SMALL = {
+    "vocab_size": 1024,
+    "hidden_size": 256,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+}
+
 
 def options(recipe: str, **more: Any) -> dict[str, Any]:
     """LLM arguments that ask for a preset the way --hf-overrides does."""

@@ -168,6 +168,19 @@ def test_calls_of_overrides(check: Check) -> None:
     assert check(table, a=a, b="") == ["C.m (eng.b): got no call; needed a call of m(x, y, key=…)"]
 
 
+def test_rows_of_other_releases_are_left_out() -> None:
+    table = {
+        "imports": {"eng.a": ("f(x)", "g"), "eng.b": ("h",)},
+        "overrides": {"eng.a:C": ("m()",)},
+        "gates": (("eng.a:f", "1.10.0", ""), ("eng.b:h", "", "1.9.0"), ("eng.a:C", "1.10.0", "1.11.0")),
+    }
+    engine = EMPTY._replace(**table)
+    assert engine.at("1.9.0").imports == {"eng.a": ("g",), "eng.b": ("h",)}
+    assert engine.at("1.9.0").overrides == {}
+    assert engine.at("1.10.0").imports == {"eng.a": ("f(x)", "g")}
+    assert engine.at("1.11.1").overrides == {}
+
+
 def test_strings(check: Check) -> None:
     table = {"strings": {"eng.a": ("block", "key")}}
     assert check(table, a="f(key='block')") == []

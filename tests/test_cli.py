@@ -22,7 +22,9 @@ from safetensors.torch import load_file, save_file
 
 import fouroversix_plugin as fos
 from fouroversix_plugin import cli
+from fouroversix_plugin.doctor import examine_sglang
 from fouroversix_plugin.kernels import build
+from fouroversix_plugin.serving.sglang import register
 
 
 @pytest.fixture
@@ -121,6 +123,58 @@ def test_a_plugin_that_loads_is_fine(
     assert (code, called) == (0, ["register"])
     assert "  vllm        9.9.0: --quantization nvfp4_4over6 is registered" in text
     assert ("outside the checked range" in text) is (warning is not None)
+
+
+@pytest.mark.parametrize(
+    ("version", "registered", "said"),
+    [
+        ("0.5.23", True, None),
+        ("0.5.24", True, "SGLang 0.5.24 is outside the checked range 0.5.14 to 0.5.23; it may work"),
+        (
+            "0.5.13.post1",
+            False,
+            "SGLang 0.5.13.post1 is too old for --quantization nvfp4_4over6, needed 0.5.14 or later",
+        ),
+        ("0.0.0.dev0", True, None),
+    ],
+)
+def test_doctor_does_not_tell_releases_of_sglang_apart(
+    monkeypatch: pytest.MonkeyPatch, version: str, registered: bool, said: str | None
+) -> None:
+    find_spec, entry_points = importlib.util.find_spec, importlib.metadata.entry_points
+    entry = types.SimpleNamespace(name="fouroversix", load=lambda: lambda: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: name == "sglang" or find_spec(name, *rest))
+    monkeypatch.setattr(
+        importlib.metadata,
+        "entry_points",
+        lambda **chosen: [entry] if chosen.get("group") == "sglang.srt.plugins" else entry_points(**chosen),
+    )
+    quantization = types.ModuleType("sglang.srt.layers.quantization")
+    quantization.QUANTIZATION_METHODS = {"nvfp4_4over6": None} if registered else {}  # type: ignore[attr-defined]
+    release = types.ModuleType("sglang.version")
+    release.__version__ = version  # type: ignore[attr-defined]
+    for module in (quantization, release, *map(types.ModuleType, ("sglang", "sglang.srt", "sglang.srt.layers"))):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    found = examine_sglang()
+    assert (found["version"], found["registers"], found["error"]) == (version, registered, None)
+    assert (said or "") in (found["warning"] or "")
+    assert (said is None) is (found["warning"] is None)
+
+
+def test_a_release_of_sglang_that_is_too_old_takes_more_than_one_line(
+    monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    release = types.ModuleType("sglang.version")
+    release.__version__ = "0.5.9.post1"  # type: ignore[attr-defined]
+    for module in (types.ModuleType("sglang"), release):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    register()
+    (record,) = log.records
+    assert record.levelname == "ERROR"
+    assert record.message == (
+        "fouroversix: SGLang 0.5.9.post1 is too old for --quantization nvfp4_4over6, needed 0.5.14 or later; "
+        "upgrade SGLang"
+    )
 
 
 def test_doctor_builds_ahead_when_asked(

@@ -23,7 +23,8 @@ LAYERS = (
     ("kernels",),
     ("weights",),
     ("formats",),
-    ("serving", "serving.layer", "checkpoint.files", "functional"),
+    ("serving", "serving.layer", "serving.arriving", "serving.scheme", "checkpoint.files", "functional"),
+    ("serving.module",),
     ("checkpoint.sources", "checkpoint.read"),
     ("checkpoint.plan",),
     ("checkpoint.card", "checkpoint.config", "checkpoint.summary", "checkpoint.target"),
@@ -32,9 +33,10 @@ LAYERS = (
     ("inspection_text",),
     ("inspection", "comparison"),
     ("plots",),
-    ("serving.vllm", "doctor"),
+    ("serving.vllm", "serving.sglang", "doctor"),
     ("cli",),
 )
+ENGINES = ("serving.vllm", "serving.sglang")
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
 
@@ -97,9 +99,9 @@ def test_imports_go_one_way(module: str) -> None:
         if other is None or only_for_type_checkers(above):
             continue
         there = part_of(other)
-        within = here == there and here in ("kernels", "serving.vllm")
+        within = here == there and here in ("kernels", *ENGINES)
         # The doctor asks an engine's half what is wrong with it, once it is asked to.
-        asked = (here, there) == ("doctor", "serving.vllm") and any(isinstance(node, ast.FunctionDef) for node in above)
+        asked = here == "doctor" and there in ENGINES and any(isinstance(node, ast.FunctionDef) for node in above)
         if not (LEVEL[there] < LEVEL[here] or within or asked):
             upward.append(f"line {statement.lineno}: {module} imports {other or NAME}")
     assert upward == []
@@ -112,7 +114,7 @@ def test_an_engine_is_imported_only_at_the_edge(module: str) -> None:
         if imported.split(".")[0] not in ("vllm", "sglang", "flashinfer", "transformer_engine"):
             continue
         in_function = any(isinstance(node, ast.FunctionDef) for node in above)
-        if part_of(module) != "serving.vllm" and not (module == "doctor" and in_function):
+        if part_of(module) not in ENGINES and not (module == "doctor" and in_function):
             misplaced.append(f"line {statement.lineno}: {imported}")
     assert misplaced == []
 
@@ -123,12 +125,13 @@ def test_starting_imports_a_compiler() -> None:
     assert done.stdout == "False\n", "it costs every command a second"
 
 
-def test_the_entry_point_imports_the_engine_only_when_called() -> None:
-    # `fouroversix_plugin.serving.vllm:register` is loaded in every process of a server.
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_the_entry_point_imports_the_engine_only_when_called(engine: str) -> None:
+    # Its `register` is loaded in every process of a server.
     at_top = [
         imported
-        for imported, _, above in imports(PACKAGE / "serving" / "vllm" / "__init__.py")
-        if imported.startswith("vllm") and not any(isinstance(node, ast.FunctionDef) for node in above)
+        for imported, _, above in imports(PACKAGE / "serving" / engine / "__init__.py")
+        if imported.startswith(engine) and not any(isinstance(node, ast.FunctionDef) for node in above)
     ]
     assert at_top == []
 
@@ -176,8 +179,8 @@ def test_importing_the_package_imports_nothing_heavy(statement: str) -> None:
 def test_importing_the_kernels_imports_no_engine() -> None:
     script = (
         "import sys, fouroversix_plugin as fos; [getattr(fos, name) for name in fos.__all__]; "
-        "import fouroversix_plugin.serving.layer, fouroversix_plugin.serving.vllm; "
-        "print([name for name in ('vllm', 'transformers', 'flashinfer') if name in sys.modules])"
+        "import fouroversix_plugin.serving.layer, fouroversix_plugin.serving.vllm, fouroversix_plugin.serving.sglang; "
+        "print([name for name in ('vllm', 'sglang', 'transformers', 'flashinfer') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import assert_close
-from engines import concatenated, dequantized, flat, options, run_engine, stored
+from engines import SMALL, concatenated, dequantized, flat, options, run_engine, stored
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -166,19 +166,6 @@ def test_ignore_list_leaves_out_other_layers(smollm2: dict[str, Any]) -> None:
 
 # --- a small random mixture of experts: tensor and expert parallel, and everything that must be refused ---
 
-SMALL = {
-    "vocab_size": 1024,
-    "hidden_size": 256,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.1,
-}
 SMALL_PROMPTS = [[1, 504, 575, 282, 649, 314, 742, 5, 9, 100]]
 EXPERTS = "model.layers.1.block_sparse_moe.experts"
 

@@ -1,8 +1,9 @@
 """Runs vLLM for the tests in a process of its own: ``vllm_worker.py REQUEST OUT``.
 
 REQUEST is JSON: {"prompts": token ids, "jobs": {name: {"model": folder, "options": arguments of LLM, "capture": layer
-names}}}. OUT gets {name: {"logprobs": one list a prompt, "log": our log lines, "most_held": full-precision layers held
-at once} or {"error": text}}; captured layers' first inputs and outputs go to NAME.safetensors beside it.
+names, "tokens": how many to generate}}}. OUT gets {name: {"logprobs" and "tokens": one list a prompt, "log": our log
+lines, "most_held": full-precision layers held at once} or {"error": text}}; captured layers' first inputs and outputs
+go to NAME.safetensors beside it.
 """
 
 import json
@@ -20,6 +21,7 @@ os.environ |= {
 }
 
 import torch
+from log_lines import Lines
 from safetensors.torch import save_file
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
@@ -35,17 +37,6 @@ DEFAULTS = {
     "skip_tokenizer_init": True,
     "seed": 0,
 }
-
-
-class Lines(logging.Handler):
-    """Keeps what the plugin logs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
 
 
 class Watch:
@@ -100,13 +91,16 @@ def run(job: dict[str, Any], prompts: list[list[int]], watch: Watch) -> dict[str
     try:
         llm = LLM(job["model"], **DEFAULTS | job.get("options", {}))
         watch.captured.clear()  # of the profiling run
-        parameters = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        parameters = SamplingParams(
+            temperature=0, max_tokens=job.get("tokens", 1), ignore_eos=True, prompt_logprobs=0, detokenize=False
+        )
         outputs = llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], parameters, use_tqdm=False)
         logprobs = [
             [at[token].logprob for at, token in zip(o.prompt_logprobs[1:], o.prompt_token_ids[1:], strict=True)]
             for o in outputs
         ]
-        return {"logprobs": logprobs, "log": lines.lines, "most_held": watch.most_held}
+        tokens = [list(o.outputs[0].token_ids) for o in outputs]
+        return {"logprobs": logprobs, "tokens": tokens, "log": lines.lines, "most_held": watch.most_held}
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
     finally:

@@ -117,6 +117,7 @@ class StoredParameter:
         layer: str,
         recipe: Recipe,
         rows: Callable[..., int | None] = lambda *shard, **named: None,
+        pads: bool = False,
     ) -> Callable[..., object]:
         """An engine's ``weight_loader(param, loaded_weight, …)`` that checks what it is given and makes it canonical.
 
@@ -128,6 +129,7 @@ class StoredParameter:
             layer: full name of the layer.
             recipe: of the weights, as the checkpoint claims it.
             rows: given what the engine says of the shard, its N over all ranks, or None where that is not known.
+            pads: whether the engine fills up a tensor that is too small, which must be seen here then.
         """
         where = f"{layer}.{self.name}"
 
@@ -135,7 +137,7 @@ class StoredParameter:
         def load(param: Tensor, loaded_weight: Tensor, *shard: Any, **named: Any) -> object:
             try:
                 # Only padding makes the tensor itself an unreliable witness.
-                n = rows(*shard, **named) if self.form.padded else None
+                n = rows(*shard, **named) if pads or self.form.padded else None
                 part = self.form.canonical(self.part, where, loaded_weight, n, self.full_columns, recipe)
                 if self.part == "block_scale" and not self.form.padded:
                     check_row_major(where, part)

@@ -14,13 +14,22 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.parameter import ModelWeightParameter, PerTensorScaleParameter
 from vllm.model_executor.utils import replace_parameter
 
-from fouroversix_plugin.formats import Format, Part
+from fouroversix_plugin.formats import Format
 from fouroversix_plugin.kernels import select
 from fouroversix_plugin.kernels.ops import PreparedWeight, prepare_weight
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
 from fouroversix_plugin.recipe import Scheme
 from fouroversix_plugin.serving import layer as neutral
-from fouroversix_plugin.weights import missing, quantize_weight, stored_weight
+from fouroversix_plugin.serving.module import (
+    fill_all_shards,
+    input_amax,
+    installed,
+    prepared_parameters,
+    refuse_random_bytes,
+    rows_in_checkpoint,
+    take_stored,
+)
+from fouroversix_plugin.weights import missing, quantize_weight
 
 DONE = "_already_called_process_weights_after_loading"
 """vLLM calls the hook again after layerwise loading, and clears this attribute when it really reloads a layer."""
@@ -72,9 +81,7 @@ class _LinearMethod(LinearMethodBase):
         raise NotImplementedError
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return neutral.apply_linear(
-            x, installed(layer, ""), self.scheme.activations, bias, getattr(layer, INPUT_AMAX, None)
-        )
+        return neutral.apply_linear(x, installed(layer, ""), self.scheme.activations, bias, input_amax(layer, ""))
 
 
 @register_weight_loader_v2_supported_method
@@ -89,12 +96,12 @@ class StoredLinearMethod(_LinearMethod):
         check_loads_weights(self.prefix)
 
         def rows(*shard: Any, **named: Any) -> int | None:
-            return _rows_in_checkpoint(layer, self.output_size, shard[0] if shard else None)
+            return rows_in_checkpoint(layer, self.output_size, shard[0] if shard else None)
 
         for stored in shape.stored(self.form):
             whole = stored.part in ("packed", "block_scale")
             checked = stored.loader(
-                loader if whole else _fill_all_shards(loader), self.prefix, self.scheme.weights, rows
+                loader if whole else fill_all_shards(loader), self.prefix, self.scheme.weights, rows
             )
             if whole:
                 parameter = ModelWeightParameter(data=stored.empty, input_dim=1, output_dim=0, weight_loader=checked)
@@ -103,41 +110,7 @@ class StoredLinearMethod(_LinearMethod):
             layer.register_parameter(stored.name, parameter)
 
     def _quantized(self, layer: Any) -> NVFP4Tensor:
-        parts = take_parts(layer, "", self.form)
-        if self.scheme.input_scale == "static" and self.scheme.activations is not None:
-            install_amax(layer, INPUT_AMAX, neutral.static_amax(self.prefix, parts["input_scale"]))
-        return stored_weight(
-            self.prefix,
-            parts["packed"],
-            parts["block_scale"],
-            parts["decode_scale"],
-            layer.logical_widths,
-            self.scheme.weights,
-        )
-
-
-def _rows_in_checkpoint(layer: Any, output_size: int, shard: Any) -> int | None:
-    """N of a shard over all ranks, by what vLLM's merged layers know of themselves; None where they know nothing."""
-    if shard is None:
-        return output_size
-    if shard in ("q", "k", "v") and hasattr(layer, "total_num_kv_heads"):
-        heads = layer.total_num_heads if shard == "q" else layer.total_num_kv_heads
-        size = getattr(layer, "v_head_size", layer.head_size) if shard == "v" else layer.head_size
-        return int(heads * size)
-    sizes = getattr(layer, "output_sizes", None)
-    return int(sizes[shard]) if isinstance(shard, int) and sizes is not None else None
-
-
-def _fill_all_shards(loader: Callable[..., Any]) -> Callable[..., Any]:
-    """One decode scale without a shard is that of a projection stored fused: vLLM would set only the first shard's."""
-
-    def load(param: Tensor, loaded_weight: Tensor, *shard: Any) -> None:
-        if shard and shard[0] is not None:
-            loader(param, loaded_weight, *shard)
-        else:
-            param.data.fill_(loaded_weight.reshape(()))
-
-    return load
+        return take_stored(layer, "", self.prefix, self.form, self.scheme, layer.logical_widths)
 
 
 @register_weight_loader_v2_supported_method
@@ -169,10 +142,7 @@ def loads_weights() -> bool:
 def check_loads_weights(name: str) -> None:
     """Refuse to fill a stored weight with random bytes, which are no block scales."""
     if not loads_weights():
-        raise ValueError(
-            f"{name}: got --load-format dummy for a quantized checkpoint, needed its weights; use a full-precision "
-            "config.json with --quantization nvfp4_4over6, whose random weights are quantized"
-        )
+        refuse_random_bytes(name)
 
 
 def check_all_loaded(layer: Any, name: str, values: int) -> None:
@@ -191,33 +161,7 @@ def reduce_max_over(group: Any) -> Callable[[Tensor], Tensor]:
     return reduce
 
 
-INPUT_AMAX = "input_amax"
-"""The attribute of a layer with static activations: what they are scaled for."""
-
-
-def take_parts(layer: Any, stem: str, form: Format) -> dict[Part, Tensor]:
-    """The loaded parts of a stored weight; those that :func:`install` does not replace leave the layer."""
-    parts = {part: getattr(layer, stem + name).data for part, name in form.names.items()}
-    for name in form.names.values():
-        if name not in _NAMES:
-            delattr(layer, stem + name)
-    return parts
-
-
-def install_amax(layer: Any, name: str, amax: Tensor) -> None:
-    """As a buffer: it moves with the layer and compiled graphs read it."""
-    layer.register_buffer(name, amax, persistent=False)
-
-
-_NAMES = ("weight", "weight_scale", "weight_scale_2")
-
-
 def install(layer: Any, stem: str, prepared: PreparedWeight) -> None:
     """Replace what was loaded under ``stem`` by the prepared weight, as parameters that vLLM can reload in place."""
-    for name, tensor in zip(_NAMES, (prepared.weight, prepared.block_scale, prepared.decode_scale), strict=True):
+    for name, tensor in prepared_parameters(prepared):
         replace_parameter(layer, stem + name, tensor)
-
-
-def installed(layer: Any, stem: str) -> PreparedWeight:
-    """The prepared weight that :func:`install` put there."""
-    return PreparedWeight(*(getattr(layer, stem + name) for name in _NAMES))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,25 +13,29 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.utils import set_weight_attrs
 
-from fouroversix_plugin.formats import Format, Part
+from fouroversix_plugin.formats import Format
 from fouroversix_plugin.kernels import ops, select
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
 from fouroversix_plugin.recipe import Scheme
 from fouroversix_plugin.serving import layer as neutral
+from fouroversix_plugin.serving.module import (
+    ACTIVATIONS,
+    EXPERT_KINDS,
+    input_amax,
+    installed,
+    refuse_experts,
+    take_stored,
+    under_name,
+)
 from fouroversix_plugin.serving.vllm.linear import (
     DONE,
     check_all_loaded,
     check_loads_weights,
     install,
-    install_amax,
-    installed,
     loads_weights,
     reduce_max_over,
-    take_parts,
 )
-from fouroversix_plugin.weights import quantize_weight, stored_weight
-
-_ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+from fouroversix_plugin.weights import quantize_weight
 
 
 def method_for(
@@ -61,8 +64,8 @@ class _MoEMethod(FusedMoEMethodBase):
     def _refuse_unsupported(self, layer: Any) -> None:
         activation = layer.activation.value
         reasons = []
-        if activation not in _ACTIVATIONS:
-            reasons.append(f"activation {activation!r} (needed one of {', '.join(_ACTIVATIONS)})")
+        if activation not in ACTIVATIONS:
+            reasons.append(f"activation {activation!r} (needed one of {', '.join(ACTIVATIONS)})")
         if self.moe.has_bias:
             reasons.append("expert biases")
         reasons += [
@@ -70,11 +73,7 @@ class _MoEMethod(FusedMoEMethodBase):
             for name in ("swiglu_limit", "swiglu_alpha", "swiglu_beta")
             if getattr(layer, name, None) is not None
         ]
-        if reasons:
-            raise ValueError(
-                f"{self.prefix}: nvfp4_4over6 does not do {'; '.join(reasons)} in fused experts; add "
-                f"'{self.prefix}*' to `ignore` to serve them unquantized"
-            )
+        refuse_experts(self.prefix, reasons)
 
     def create_weights(
         self,
@@ -137,8 +136,8 @@ class _MoEMethod(FusedMoEMethodBase):
             self.scheme.activations,
             layer.activation.value,
             layer.apply_router_weight_on_input,
-            getattr(layer, _W13_AMAX, None),
-            getattr(layer, _W2_AMAX, None),
+            input_amax(layer, "w13_"),
+            input_amax(layer, "w2_"),
         )
 
 
@@ -157,9 +156,9 @@ class StoredMoEMethod(_MoEMethod):
         for stored in shape.stored(self.form):
             parameter = torch.nn.Parameter(stored.empty, requires_grad=False)
             layer.register_parameter(stem + stored.name, parameter)
-            kind = _KINDS[stored.part]
+            kind = EXPERT_KINDS[stored.part]
             loader = stored.loader(
-                _under_name(attributes["weight_loader"], stem + kind.name),
+                under_name(attributes["weight_loader"], stem + kind.name),
                 f"{self.prefix} ({stem}*)",
                 self.scheme.weights,
                 lambda *shard, **named: full_rows,
@@ -167,43 +166,9 @@ class StoredMoEMethod(_MoEMethod):
             set_weight_attrs(parameter, {**attributes, **kind.attributes, "weight_loader": loader})
 
     def _quantized(self, layer: Any, stem: str) -> NVFP4Tensor:
-        parts = take_parts(layer, stem, self.form)
-        name = f"{self.prefix} ({stem}*)"
-        if self.scheme.input_scale == "static" and self.scheme.activations is not None:
-            amax = neutral.static_amax(name, parts["input_scale"])
-            install_amax(layer, _W13_AMAX if stem == "w13_" else _W2_AMAX, amax)
-        packed, block_scale, decode_scale = parts["packed"], parts["block_scale"], parts["decode_scale"]
-        shards = decode_scale.shape[-1]
-        widths = [packed.shape[1] // shards] * shards
-        return stored_weight(name, packed, block_scale, decode_scale, widths, self.scheme.weights)
-
-
-class _Kind(NamedTuple):
-    """What makes vLLM's expert loader treat a part as what it is: a name and an attribute that it decides by."""
-
-    name: str
-    attributes: dict[str, str]
-
-
-_KINDS: dict[Part, _Kind] = {
-    "packed": _Kind("weight", {}),
-    "block_scale": _Kind("weight_scale", {"quant_method": "block"}),
-    "decode_scale": _Kind("weight_scale_2", {"quant_method": "tensor"}),
-    # Under its own name vLLM would write the scales of w1 and w3 to the same place.
-    "input_scale": _Kind("weight_scale_2", {"quant_method": "tensor"}),
-    "metadata": _Kind("weight_scale_2", {}),
-}
-_W13_AMAX, _W2_AMAX = "w13_input_amax", "w2_input_amax"
-
-
-def _under_name(loader: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """vLLM's expert loader told another name than the checkpoint's."""
-
-    @functools.wraps(loader)
-    def load(param: Tensor, loaded_weight: Tensor, weight_name: str, *shard: Any, **named: Any) -> Any:
-        return loader(param, loaded_weight, name, *shard, **named)
-
-    return load
+        rows = getattr(layer, f"{stem}{self.form.names['packed']}").shape[1]
+        shards = 2 if stem == "w13_" else 1
+        return take_stored(layer, stem, f"{self.prefix} ({stem}*)", self.form, self.scheme, [rows // shards] * shards)
 
 
 class OnlineMoEMethod(_MoEMethod):

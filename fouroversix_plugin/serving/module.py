@@ -1,0 +1,127 @@
+"""What stands on an engine's layer: the parts of a stored weight while it loads, the prepared weight afterwards.
+
+Engines name the attributes of their merged layers alike; everything here reads only those.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+from torch import Tensor
+
+from fouroversix_plugin.formats import Format, Part
+from fouroversix_plugin.kernels.ops import PreparedWeight
+from fouroversix_plugin.nvfp4 import NVFP4Tensor
+from fouroversix_plugin.recipe import Scheme
+from fouroversix_plugin.serving.layer import static_amax
+from fouroversix_plugin.weights import stored_weight
+
+NAMES: Final = ("weight", "weight_scale", "weight_scale_2")
+"""Parameters of a prepared weight, after its stem: its fields in their order."""
+
+ACTIVATIONS: Final = ("silu", "gelu", "gelu_tanh")
+"""Of gated experts."""
+
+
+def prepared_parameters(prepared: PreparedWeight) -> list[tuple[str, Tensor | None]]:
+    """The parameters that a layer holds for a prepared weight."""
+    return list(zip(NAMES, (prepared.weight, prepared.block_scale, prepared.decode_scale), strict=True))
+
+
+def installed(layer: Any, stem: str) -> PreparedWeight:
+    """The prepared weight that stands under ``stem``."""
+    return PreparedWeight(*(getattr(layer, stem + name) for name in NAMES))
+
+
+def input_amax(layer: Any, stem: str) -> Tensor | None:
+    """What the activations of a layer with static ones are scaled for."""
+    amax: Tensor | None = getattr(layer, f"{stem}input_amax", None)
+    return amax
+
+
+def take_stored(layer: Any, stem: str, name: str, form: Format, scheme: Scheme, widths: Sequence[int]) -> NVFP4Tensor:
+    """The loaded parts under ``stem`` as one checked weight; what a prepared weight does not replace leaves the layer.
+
+    Args:
+        name: of the weight, for errors.
+        widths: rows of each shard with a decode scale of its own.
+    """
+    parts: dict[Part, Tensor] = {part: getattr(layer, stem + spelled).data for part, spelled in form.names.items()}
+    for spelled in form.names.values():
+        if spelled not in NAMES:
+            delattr(layer, stem + spelled)
+    if scheme.input_scale == "static" and scheme.activations is not None:
+        amax = static_amax(name, parts["input_scale"])
+        # As a buffer: it moves with the layer and compiled graphs read it.
+        layer.register_buffer(f"{stem}input_amax", amax, persistent=False)
+    return stored_weight(name, parts["packed"], parts["block_scale"], parts["decode_scale"], widths, scheme.weights)
+
+
+def rows_in_checkpoint(layer: Any, output_size: int, shard: Any) -> int | None:
+    """N of a shard over all ranks, by what merged layers know of themselves; None where they know nothing."""
+    if shard is None:
+        return output_size
+    if shard in ("q", "k", "v") and hasattr(layer, "total_num_kv_heads"):
+        heads = layer.total_num_heads if shard == "q" else layer.total_num_kv_heads
+        size = getattr(layer, "v_head_size", layer.head_size) if shard == "v" else layer.head_size
+        return int(heads * size)
+    sizes = getattr(layer, "output_sizes", None)
+    return int(sizes[shard]) if isinstance(shard, int) and sizes is not None else None
+
+
+def fill_all_shards(loader: Callable[..., Any]) -> Callable[..., Any]:
+    """One decode scale without a shard is that of a projection stored fused: engines would set only the first's."""
+
+    def load(param: Tensor, loaded_weight: Tensor, *shard: Any) -> None:
+        if shard and shard[0] is not None:
+            loader(param, loaded_weight, *shard)
+        else:
+            param.data.fill_(loaded_weight.reshape(()))
+
+    return load
+
+
+class Kind(NamedTuple):
+    """What makes an engine's expert loader treat a part as what it is: a name and an attribute that it decides by."""
+
+    name: str
+    attributes: dict[str, str]
+
+
+EXPERT_KINDS: Final[Mapping[Part, Kind]] = {
+    "packed": Kind("weight", {}),
+    "block_scale": Kind("weight_scale", {"quant_method": "block"}),
+    "decode_scale": Kind("weight_scale_2", {"quant_method": "tensor"}),
+    # Under its own name the scales of w1 and w3 would be written to the same place.
+    "input_scale": Kind("weight_scale_2", {"quant_method": "tensor"}),
+    "metadata": Kind("weight_scale_2", {}),
+}
+
+
+def under_name(loader: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """An engine's expert loader told another name than the checkpoint's."""
+
+    @functools.wraps(loader)
+    def load(param: Tensor, loaded_weight: Tensor, weight_name: str, *shard: Any, **named: Any) -> Any:
+        return loader(param, loaded_weight, name, *shard, **named)
+
+    return load
+
+
+def refuse_experts(name: str, reasons: Sequence[str]) -> None:
+    """Raise ValueError where fused experts need something that ours do not do."""
+    if reasons:
+        raise ValueError(
+            f"{name}: nvfp4_4over6 does not do {'; '.join(reasons)} in fused experts; add '{name}*' to `ignore` to "
+            "serve them unquantized"
+        )
+
+
+def refuse_random_bytes(name: str) -> None:
+    """Random bytes are no block scales."""
+    raise ValueError(
+        f"{name}: got --load-format dummy for a quantized checkpoint, needed its weights; use a full-precision "
+        "config.json with --quantization nvfp4_4over6, whose random weights are quantized"
+    )

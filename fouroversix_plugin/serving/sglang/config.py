@@ -1,0 +1,169 @@
+"""The quantization config SGLang asks about every layer."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from sglang.srt.layers.linear import LinearBase
+from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+from transformers.utils import cached_file
+
+from fouroversix_plugin.checkpoint.files import HF_QUANT_CONFIG, read_json
+from fouroversix_plugin.formats import Format
+from fouroversix_plugin.recipe import QUANT_METHOD, Scheme, preset
+from fouroversix_plugin.serving.layer import LoadReport
+from fouroversix_plugin.serving.module import refuse_random_bytes
+from fouroversix_plugin.serving.scheme import claims, fused_shards, served
+from fouroversix_plugin.serving.sglang import server_args
+from fouroversix_plugin.serving.sglang.linear import OnlineLinearMethod, StoredLinearMethod, spellings
+
+_FUSED: Final[Mapping[str, list[str]]] = {
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+    "fused_qkv_a_proj_with_mqa": ["q_a_proj", "kv_a_proj_with_mqa"],
+}
+"""What SGLang's models fuse; few of its classes say so themselves."""
+
+_NOT_PACKED: Final[Mapping[str, str]] = {
+    "kv_b_proj": "SGLang's latent attention multiplies by this weight itself; quantize with --ignore '*.kv_b_proj'",
+    "fused_qkv_a_proj_with_mqa": "SGLang fuses q_a_proj and kv_a_proj_with_mqa and keeps the scale of one; quantize "
+    "with --ignore '*.q_a_proj' --ignore '*.kv_a_proj_with_mqa'",
+}
+"""Layers that cannot hold a checkpoint's packed weights, and why."""
+
+
+class FourOverSixConfig(QuantizationConfig):
+    """Scheme of the model, and whether its checkpoint holds packed weights (stored) or full-precision ones (online)."""
+
+    def __init__(self, scheme: Scheme | None = None) -> None:
+        super().__init__()
+        self.asked = scheme
+        self.scheme = preset(QUANT_METHOD) if scheme is None else scheme
+        self.stored: Format | None = None
+        self.random_weights = False
+        self.report = LoadReport()
+        self._unnamed = itertools.count(1)
+
+    def __repr__(self) -> str:
+        kind = "online" if self.stored is None else f"stored by {self.stored.name}"
+        return f"FourOverSixConfig({self.scheme.name}, {kind}, weights {self.scheme.weights})"
+
+    @classmethod
+    def get_name(cls) -> str:
+        return QUANT_METHOD
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        # With none named, SGLang builds the default config for a checkpoint that has no quantization_config.
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> FourOverSixConfig:
+        # Another method's block is a checkpoint's own, not something asked for: see_checkpoint reads that.
+        if config.get("quant_method") != QUANT_METHOD:
+            return cls()
+        return cls(Scheme.from_options({key: config[key] for key in config if key not in _ADDED}))
+
+    @classmethod
+    def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: str | None) -> str | None:
+        return QUANT_METHOD if claims(hf_quant_cfg, user_quant) else None
+
+    def _adopt(self, name: str, config: Mapping[str, Any] | None, older: Mapping[str, Any] | None) -> None:
+        """Look into the checkpoint's own files: overrides of its config reach ``from_config`` like its block."""
+        found = served(name, self.asked, config, older)
+        self.scheme, self.stored, self.report.claimed = found.scheme, found.stored, found.claimed
+
+    def apply_weight_name_mapper(self, hf_to_sglang_mapper: Any) -> None:
+        """Spell the ignore list as this model's SGLang class spells its modules; both spellings stay."""
+        mapped = tuple(hf_to_sglang_mapper.apply_list(list(self.scheme.ignore)))
+        self.scheme = replace(self.scheme, ignore=tuple(dict.fromkeys(self.scheme.ignore + mapped)))
+
+    def get_scaled_act_names(self) -> list[str]:
+        return []
+
+    def get_quant_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
+        if isinstance(layer, LinearBase):
+            mapping = {**_FUSED, **self.packed_modules_mapping}
+            if any(self.scheme.ignores(name, fused_shards(name, mapping)) for name in spellings(prefix)):
+                return UnquantizedLinearMethod()
+            if (reason := _NOT_PACKED.get(prefix.rpartition(".")[2])) is not None:
+                if self.stored is not None:
+                    raise ValueError(f"{prefix}: got packed weights, needed full precision: {reason}")
+                if prefix.endswith("kv_b_proj"):
+                    return UnquantizedLinearMethod()
+            # Some models name none of their layers.
+            name = prefix or f"{type(layer).__name__} {next(self._unnamed)}"
+            if self.stored is None:
+                return OnlineLinearMethod(self.scheme, self.report, name, self.random_weights)
+            return StoredLinearMethod(self.scheme, self.report, name, self.stored)
+        # Experts are known by the name of their class or a parent's, and the MoE half is imported where it is needed: a
+        # class renamed there must not cost dense models the plugin.
+        if all(parent.__name__ != "FusedMoE" for parent in type(layer).__mro__):
+            return None
+        from fouroversix_plugin.serving.sglang import moe
+
+        return moe.method_for(layer, prefix, self.scheme, self.report, self.stored, self.random_weights)
+
+
+_ADDED: Final = ("packed_modules_mapping", "hf_config")
+"""What SGLang adds to a checkpoint's block for methods that need it."""
+
+
+def see_checkpoint(made: Any, model_config: Any, load_config: Any) -> None:
+    """After SGLang has made a quantization config: tell one of ours which checkpoint it is for."""
+    if not isinstance(made, FourOverSixConfig):
+        return
+    _refuse_tokenizer_workers()
+    where = {"revision": model_config.revision, "cache_dir": load_config.download_dir}
+    files = [_json(model_config.model_path, name, **where) for name in ("config.json", HF_QUANT_CONFIG)]
+    made._adopt(model_config.model_path, *files)
+    made.random_weights = load_config.load_format == "dummy"
+    if made.random_weights and made.stored is not None:
+        refuse_random_bytes(model_config.model_path)
+
+
+def with_fused_experts(found: tuple[Any, str], model_config: Any) -> tuple[Any, str] | None:
+    """After SGLang has chosen a model's class: it knows by name for which methods Mixtral's experts can be fused."""
+    if found[1] != "QuantMixtralForCausalLM" or model_config.quantization != QUANT_METHOD:
+        return None
+    # Here, because it imports every model.
+    from sglang.srt.models.registry import ModelRegistry
+
+    fused: tuple[Any, str] = ModelRegistry.resolve_model_cls(["MixtralForCausalLM"])
+    return fused
+
+
+def _refuse_tokenizer_workers() -> None:
+    """SGLang loads no plugins in those processes."""
+    workers = server_args().tokenizer_worker_num
+    if workers > 1:
+        raise ValueError(
+            f"--tokenizer-worker-num: got {workers}, needed 1 with --quantization {QUANT_METHOD}: SGLang loads no "
+            "plugins in tokenizer workers, which would then not know the method; leave the flag out"
+        )
+
+
+def _json(model: str, file: str, **where: Any) -> dict[str, Any] | None:
+    """A file of a checkpoint, in a folder or on the hub, or None where it has no such file."""
+    path = cached_file(
+        model,
+        file,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **where,
+    )
+    return None if path is None else read_json(Path(path))

@@ -1,0 +1,253 @@
+"""Fused mixture-of-experts layers in SGLang; see ``linear`` for stored and online weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
+from sglang.srt.layers.moe.utils import get_moe_a2a_backend, get_moe_runner_backend
+from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
+from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
+from sglang.srt.utils import is_cuda, set_weight_attrs
+from torch import Tensor
+
+from fouroversix_plugin.formats import Format
+from fouroversix_plugin.kernels import ops, select
+from fouroversix_plugin.nvfp4 import NVFP4Tensor
+from fouroversix_plugin.recipe import Recipe, Scheme
+from fouroversix_plugin.serving import layer as neutral
+from fouroversix_plugin.serving.arriving import ArrivingWeight
+from fouroversix_plugin.serving.module import (
+    ACTIVATIONS,
+    EXPERT_KINDS,
+    input_amax,
+    installed,
+    refuse_experts,
+    take_stored,
+    under_name,
+)
+from fouroversix_plugin.serving.sglang import RUNNER, runner_module
+from fouroversix_plugin.serving.sglang.linear import DONE, install, spellings
+from fouroversix_plugin.weights import quantize_weight
+
+_SPELLINGS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+"""What checkpoints call the three weights of an expert: SGLang's layers do not know."""
+
+
+def method_for(
+    layer: Any, prefix: str, scheme: Scheme, report: neutral.LoadReport, form: Format | None, random_weights: bool
+) -> FusedMoEMethodBase:
+    """The method of a FusedMoE layer: ours, or the unquantized one where all its experts are ignored.
+
+    ``form`` is how a quantized checkpoint spells its weights, None for a full-precision one.
+    """
+    name = prefix or f"layers.{layer.layer_id}.experts"
+    if any(
+        scheme.ignores(spelled, [f"{spelled}.{e}.{weight}" for e in range(layer.num_experts) for weight in spelling])
+        for spelled in spellings(name)
+        for spelling in _SPELLINGS
+    ):
+        return UnquantizedFusedMoEMethod(layer.use_triton_kernels, layer.use_flashinfer_trtllm_moe, layer.use_deep_gemm)
+    _refuse_unsupported(layer, name, scheme)
+    if form is None:
+        return OnlineMoEMethod(scheme, report, name, random_weights)
+    return StoredMoEMethod(scheme, report, name, form)
+
+
+def _refuse_unsupported(layer: Any, name: str, scheme: Scheme) -> None:
+    backend, exchange = get_moe_runner_backend(), get_moe_a2a_backend()
+    if backend.value not in ("auto", RUNNER):
+        raise ValueError(
+            f"{name}: got --moe-runner-backend {backend.value}, which cannot run experts of nvfp4_4over6, needed "
+            f"{RUNNER}; pass --moe-runner-backend {RUNNER}"
+        )
+    if not exchange.is_none():
+        raise ValueError(
+            f"{name}: got --moe-a2a-backend {exchange.value}, which hands over tokens in another form, needed none; "
+            "leave the flag out"
+        )
+    config = layer.moe_runner_config
+    reasons = []
+    if config.activation not in ACTIVATIONS:
+        reasons.append(f"activation {config.activation!r} (needed one of {', '.join(ACTIVATIONS)})")
+    if not config.is_gated:
+        reasons.append("experts without a gate")
+    reasons += [
+        f"{setting} = {getattr(config, setting)}"
+        for setting in ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit", "swiglu_limit")
+        if getattr(config, setting, None) is not None
+    ]
+    refuse_experts(name, reasons)
+    shared = [f"{spelled.rpartition('.')[0]}.shared_experts" for spelled in spellings(name)]
+    if layer.num_fused_shared_experts and any(scheme.ignores(s, [f"{s}.{w}" for w in _SPELLINGS[0]]) for s in shared):
+        raise ValueError(
+            f"{name}: `ignore` matches {shared[0]!r}, which SGLang fuses with the quantized experts; pass "
+            "--disable-shared-experts-fusion"
+        )
+
+
+class _MoEMethod(FusedMoEMethodBase):
+    def __init__(self, scheme: Scheme, report: neutral.LoadReport, prefix: str) -> None:
+        super().__init__()
+        self.scheme, self.report, self.prefix = scheme, report, prefix
+        self.dtype = torch.bfloat16
+
+    def create_weights(
+        self,
+        layer: Any,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        refuse_experts(self.prefix, ["expert biases"] * bool(extra_weight_attrs.get("with_bias")))
+        self.dtype = params_dtype
+        inner = intermediate_size_per_partition
+        full_inner = inner * layer.moe_tp_size
+        neutral.check_input_size(self.prefix, hidden_size, hidden_size)
+        neutral.check_input_size(self.prefix, inner, full_inner)
+        self.report.expect(self.prefix)
+        lead = (num_experts,)
+        w13 = neutral.WeightShape(2 * inner, hidden_size, hidden_size, shards=2, lead=lead)
+        w2 = neutral.WeightShape(hidden_size, inner, full_inner, shards=1, lead=lead)
+        self._create(layer, "w13_", w13, extra_weight_attrs)
+        self._create(layer, "w2_", w2, extra_weight_attrs)
+
+    def _create(self, layer: Any, stem: str, shape: neutral.WeightShape, attributes: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def create_moe_runner(self, layer: Any, moe_runner_config: Any) -> None:
+        self.runner = runner_module().make(moe_runner_config)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if getattr(layer, DONE, False):
+            return
+        w13, w2 = self._quantized(layer, "w13_"), self._quantized(layer, "w2_")
+        select("moe", self.scheme.name, w13.shape, w13.device)
+        prepared = [ops.prepare_weight(q, self.dtype) for q in (w13, w2)]
+        self.report.loaded(self.prefix, [w13, w2], prepared[0])
+        install(layer, "w13_", prepared[0], self.prefix)
+        install(layer, "w2_", prepared[1], self.prefix)
+        setattr(layer, DONE, True)
+
+    def _quantized(self, layer: Any, stem: str) -> NVFP4Tensor:
+        raise NotImplementedError
+
+    def apply(self, layer: Any, dispatch_output: Any) -> Any:
+        experts = Experts(
+            installed(layer, "w13_"),
+            installed(layer, "w2_"),
+            self.scheme.activations,
+            input_amax(layer, "w13_"),
+            input_amax(layer, "w2_"),
+        )
+        return self.runner.run(dispatch_output, experts)
+
+
+def _full_rows(layer: Any, stem: str, shape: neutral.WeightShape) -> Callable[..., int]:
+    """N of one of an expert's three weights over all ranks, whatever the shard."""
+    rows = shape.rows if stem == "w2_" else shape.rows // 2 * layer.moe_tp_size
+    return lambda *shard, **named: rows
+
+
+class StoredMoEMethod(_MoEMethod):
+    """Experts of a quantized checkpoint."""
+
+    def __init__(self, scheme: Scheme, report: neutral.LoadReport, prefix: str, form: Format) -> None:
+        super().__init__(scheme, report, prefix)
+        self.form = form
+
+    def _create(self, layer: Any, stem: str, shape: neutral.WeightShape, attributes: dict[str, Any]) -> None:
+        for stored in shape.stored(self.form):
+            parameter = torch.nn.Parameter(stored.empty, requires_grad=False)
+            layer.register_parameter(stem + stored.name, parameter)
+            kind = EXPERT_KINDS[stored.part]
+            loader = stored.loader(
+                under_name(attributes["weight_loader"], stem + kind.name),
+                f"{self.prefix} ({stem}*)",
+                self.scheme.weights,
+                _full_rows(layer, stem, shape),
+                pads=True,
+            )
+            set_weight_attrs(parameter, {**attributes, **kind.attributes, "weight_loader": loader})
+
+    def _quantized(self, layer: Any, stem: str) -> NVFP4Tensor:
+        shards = 2 if stem == "w13_" else 1
+        rows = getattr(layer, f"{stem}{self.form.names['packed']}").shape[1] // shards
+        return take_stored(layer, stem, f"{self.prefix} ({stem}*)", self.form, self.scheme, [rows] * shards)
+
+
+class OnlineMoEMethod(_MoEMethod):
+    """Experts of a full-precision checkpoint, one layer's at a time; random ones stay until all are there."""
+
+    def __init__(self, scheme: Scheme, report: neutral.LoadReport, prefix: str, random_weights: bool) -> None:
+        super().__init__(scheme, report, prefix)
+        self.random_weights = random_weights
+        self.arriving: dict[str, ArrivingWeight] = {}
+
+    def _create(self, layer: Any, stem: str, shape: neutral.WeightShape, attributes: dict[str, Any]) -> None:
+        weight = torch.empty(*shape.lead, shape.rows, shape.columns, dtype=self.dtype)
+        if not self.random_weights:
+            arriving = ArrivingWeight(self._name(stem), weight, shape.full_columns, self.scheme.weights)
+            loader = arriving.loader(attributes["weight_loader"], _full_rows(layer, stem, shape))
+            self.arriving[stem] = arriving
+            attributes = {**attributes, "weight_loader": loader}
+        parameter = torch.nn.Parameter(weight, requires_grad=False)
+        layer.register_parameter(f"{stem}weight", parameter)
+        set_weight_attrs(parameter, attributes)
+
+    def _quantized(self, layer: Any, stem: str) -> NVFP4Tensor:
+        if stem in self.arriving:
+            return self.arriving[stem].take()
+        return quantize_weight(self._name(stem), getattr(layer, f"{stem}weight").data, self.scheme.weights)
+
+    def _name(self, stem: str) -> str:
+        return f"{self.prefix} ({stem}weight)"
+
+
+RUNNERS_SCALE = is_cuda()
+"""Whether routed experts are scaled by the runner: SGLang's models do it themselves on every other device."""
+
+
+class Experts(NamedTuple):
+    """What a runner gets of a layer: its weights and how activations are quantized."""
+
+    w13: ops.PreparedWeight
+    w2: ops.PreparedWeight
+    activations: Recipe | None
+    input_amax: Tensor | None
+    inner_amax: Tensor | None
+
+
+def run_experts(dispatch_output: Any, experts: Experts, config: Any) -> StandardCombineInput:
+    """SGLang's contract for a runner: experts on tokens [M, K] with ids of this rank, -1 for experts of others."""
+    x = dispatch_output.hidden_states
+    weights, ids = dispatch_output.topk_output.topk_weights, dispatch_output.topk_output.topk_ids
+    if config.no_combine:
+        # Every expert's own answer [M, top_k, K], unweighted: each slot as a token of its own.
+        y = _run(
+            x.repeat_interleave(ids.shape[1], 0), torch.ones_like(weights).view(-1, 1), ids.view(-1, 1), experts, config
+        )
+        return StandardCombineInput(hidden_states=y.view(*ids.shape, -1))
+    y = _run(x, weights, ids, experts, config)
+    if RUNNERS_SCALE and config.routed_scaling_factor not in (None, 1.0):
+        y = y * config.routed_scaling_factor
+    return StandardCombineInput(hidden_states=y)
+
+
+def _run(x: Tensor, weights: Tensor, ids: Tensor, experts: Experts, config: Any) -> Tensor:
+    return ops.moe(
+        x,
+        experts.w13,
+        experts.w2,
+        weights,
+        ids,
+        experts.activations,
+        config.activation,
+        config.apply_router_weight_on_input,
+        experts.input_amax,
+        experts.inner_amax,
+    )
