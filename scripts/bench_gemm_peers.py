@@ -133,7 +133,7 @@ def _humming(weight: NVFP4Tensor, tokens: Sequence[int]) -> Call:
 
 
 def _our_moe(experts: Experts, activations: Recipe | None) -> Call:
-    w13, w2 = (ops.prepare_weight(q, BF16, gated) for q, gated in zip(experts, (True, False), strict=True))
+    w13, w2 = ops.prepare_experts(*experts, BF16)
     return lambda routed: ops.moe(routed.x, w13, w2, routed.topk_weights, routed.topk_ids, activations, "silu", False)
 
 

@@ -68,7 +68,7 @@ class Products:
         return run
 
     def experts(self, w13: NVFP4Tensor, w2: NVFP4Tensor, dtype: torch.dtype) -> Experts:
-        held = prepare_experts(w13, w2, dtype) if self.backend is None else None
+        held = ops.prepare_experts(w13, w2, dtype) if self.backend is None else None
 
         def run(
             x: Tensor,
@@ -86,11 +86,6 @@ class Products:
             return ops.moe(x, *held, topk_weights, topk_ids, activations, activation, on_input)
 
         return run
-
-
-def prepare_experts(w13: NVFP4Tensor, w2: NVFP4Tensor, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Where a device interleaves gate and up rows, it is told which weight has them."""
-    return ops.prepare_weight(w13, dtype, gated=True), ops.prepare_weight(w2, dtype)
 
 
 def poison(device: torch.device, elements: int, dtype: torch.dtype) -> None:

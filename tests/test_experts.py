@@ -23,7 +23,6 @@ from products import (
     on_cuda,
     over,
     power_of_two,
-    prepare_experts,
     prepared_bytes,
     quantized_x,
     randint,
@@ -167,7 +166,7 @@ def test_a_static_amax_is_not_used(products: Products) -> None:
     g = generator(products.device, "static")
     q = random_experts(4, 128, 80, g)
     x, route = random_x(40, 128, torch.bfloat16, g), routing(40, 4, 2, g)
-    held = prepare_experts(*q, torch.bfloat16)
+    held = ops.prepare_experts(*q, torch.bfloat16)
     amax = [torch.tensor(value, device=g.device) for value in (2.0, 1.5)]
     y = ops.moe(x, *held, *route, Recipe(), "silu", False, *amax)
     needed = reference.moe(x, *q, *route, Recipe(), "silu", False, *amax)
@@ -335,7 +334,7 @@ def test_a_call_waits_for_the_gpu(products: Products, activations: Recipe | None
 @prepared_only
 def test_compilation_breaks_or_changes_a_bit(products: Products, activations: Recipe | None) -> None:
     g = generator(products.device, "compiled")
-    w13, w2 = prepare_experts(*random_experts(4, 128, 48, g), torch.bfloat16)
+    w13, w2 = ops.prepare_experts(*random_experts(4, 128, 48, g), torch.bfloat16)
 
     def run(x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         return ops.moe(x, w13, w2, topk_weights, topk_ids, activations, "silu", False)
@@ -358,6 +357,6 @@ def test_prepared_experts_cannot_be_taken_back_or_grow(products: Products, shape
     g = generator(products.device, "back", shape)
     for dtype in (torch.bfloat16, torch.float16):
         given = random_experts(E, H, inner, g)
-        for held, q in zip(prepare_experts(*given, dtype), given, strict=True):
+        for held, q in zip(ops.prepare_experts(*given, dtype), given, strict=True):
             assert_taken_back(ops.unprepare_weight(held), q)
             assert prepared_bytes(held) <= most_bytes(q)

@@ -104,6 +104,11 @@ def prepare_weight(q: NVFP4Tensor, dtype: torch.dtype, gated: bool = False) -> P
     return PreparedWeight(weight, block_scale, stored.decode_scale, q.shape[-1], gated)
 
 
+def prepare_experts(w13: NVFP4Tensor, w2: NVFP4Tensor, dtype: torch.dtype) -> tuple[PreparedWeight, PreparedWeight]:
+    """:func:`prepare_weight` of what :func:`moe` multiplies: w13 [E, 2I, H] and w2 [E, H, I]."""
+    return prepare_weight(w13, dtype, gated=True), prepare_weight(w2, dtype)
+
+
 def unprepare_weight(w: PreparedWeight) -> NVFP4Tensor:
     """The weight that :func:`prepare_weight` was given, with a decode scale per row.
 

@@ -127,7 +127,7 @@ class _MoEMethod(FusedMoEMethodBase):
             return
         w13, w2 = self._quantized(layer, "w13_"), self._quantized(layer, "w2_")
         select("moe", self.scheme.name, w13.shape, w13.device)
-        prepared = [ops.prepare_weight(q, self.dtype) for q in (w13, w2)]
+        prepared = ops.prepare_experts(w13, w2, self.dtype)
         self.report.loaded(self.prefix, [w13, w2], prepared[0])
         install(layer, "w13_", prepared[0], self.prefix)
         install(layer, "w2_", prepared[1], self.prefix)

@@ -105,7 +105,7 @@ class _MoEMethod(FusedMoEMethodBase):
             return
         w13, w2 = self._quantized(layer, "w13_"), self._quantized(layer, "w2_")
         select("moe", self.scheme.name, w13.shape, w13.device)
-        prepared = [ops.prepare_weight(q, layer.params_dtype, gated) for q, gated in ((w13, True), (w2, False))]
+        prepared = ops.prepare_experts(w13, w2, layer.params_dtype)
         self.report.loaded(self.prefix, [w13, w2], prepared[0])
         install(layer, "w13_", prepared[0])
         install(layer, "w2_", prepared[1])
