@@ -2,8 +2,10 @@
 
 python scripts/check_machine_code.py [--architecture 9.0 --architecture 10.0]
 
-For each architecture and input dtype: nothing spilled, no local memory, and the chip's own conversions are used. Exits
-with 1 where that does not hold, and with 0 and a word where there is no nvcc.
+For each object: nothing spilled and no local memory. Of quantize.cu: the chip's own conversions are used. Of the
+products for Hopper (with 9.0): every kernel multiplies in the chip's matrix units, ptxas lets multiplications run
+beside unpacking, and the main loop takes no more instructions a weight than its budget. Exits with 1 where that does
+not hold, and with 0 and a word where there is no nvcc.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +29,37 @@ NATIVE = {
     (9, 0): ("F2FP.SATFINITE.E5M2.F32", "F2FP.SATFINITE.E4M3.F32"),
     (10, 0): ("F2FP.SATFINITE.E2M1.F32", "F2FP.F16.E2M1.UNPACK", "F2FP.SATFINITE.E4M3.F32"),
 }
-"""Conversions that must be there, by compute capability."""
+"""Conversions that quantize.cu must have, by compute capability."""
 
-INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,5}\*/ +\S")
+MULTIPLICATIONS = {"gemm_sm90.cu": "HGMMA", "few_sm90.cu": "HMMA"}
+"""What every kernel of a product multiplies with."""
+
+BUDGETS: Mapping[tuple[str, str], Mapping[int, float]] = {
+    ("gemm_sm90.cu", "bf16"): dict.fromkeys((32, 64, 128, 256), 3.8),
+    ("gemm_sm90.cu", "fp16"): dict.fromkeys((32, 64, 128, 256), 4.1),
+    ("few_sm90.cu", "bf16"): {8: 2.9, 16: 3.2},
+    ("few_sm90.cu", "fp16"): {8: 3.2, 16: 3.45},
+}
+"""Instructions a weight in the main loop, at most, for each kernel of a product by its tokens.
+
+A weight is 9/16 of a byte: at 4.8 TB/s and 1.98 GHz, memory gives each of an H200's 132 multiprocessors 33 weights a
+cycle, and one issues instructions for 128 threads a cycle. Beyond about 3.9 instructions a weight, products of few
+tokens would wait for instructions and no longer for memory. fp16 takes a few more than bf16, where fewer fields need a
+shift. Budgets are 8 to 10 % above what ptxas of CUDA 13.0 makes of the sources, and those of few_sm90.cu below what its
+loop for the last steps takes (from 3.05 on for 8 tokens in bf16), so that it cannot pass for the main loop.
+"""
+
+WEIGHTS_AT_ONCE = 8
+"""Weights of a thread in one multiplication: 64x16 of 128 threads in HGMMA, 16x16 of 32 in HMMA."""
+HMMA_TOKENS = 8
+"""An HMMA is for so many tokens, an HGMMA for all."""
+
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/ +(\S[^;\n]*)")
+BRANCH = re.compile(r"(?P<guard>@!?U?P\w+ +)?BRA\S* +(?P<condition>[^,]+, *)?0x(?P<target>[0-9a-f]+)")
+ENDS = re.compile(r"(EXIT|RET)\b")
 LOCAL_MEMORY = re.compile(r"\b(LDL|STL)\b")
+SERIALIZED = "wgmma.mma_async instructions are serialized"
+"""In ptxas's notes from C7510 on, whatever the cause."""
 
 
 @dataclass(frozen=True)
@@ -42,27 +71,153 @@ class Kernel:
 
 
 @dataclass(frozen=True)
+class Loop:
+    """What one pass takes at least."""
+
+    instructions: int
+    multiplications: int
+
+
+@dataclass(frozen=True)
 class Object:
     architecture: tuple[int, int]
-    dtype: str
+    source: str
+    options: tuple[str, ...]
+    """What it is compiled for: the dtype first, the output."""
     kernels: tuple[Kernel, ...]
     machine_code: str | None
-    """None without a disassembler."""
+    """None without a disassembler, and of host code."""
+    notes: tuple[str, ...] = ()
+    """ptxas's, where it serializes what should run side by side."""
+
+    @property
+    def chip(self) -> str:
+        return build.architecture_flags(self.architecture)[0].rpartition("=")[2]
 
     def faults(self) -> Iterator[str]:
-        where = f"sm_{self.architecture[0]}{self.architecture[1]} {self.dtype}"
-        if not self.kernels:
+        where = " ".join((self.chip, self.source, *self.options))
+        if not self.kernels and self.source.endswith(".cu"):
             yield f"{where}: ptxas reported no kernel"
         for kernel in self.kernels:
             if kernel.stack_bytes or kernel.spilled_bytes:
                 yield f"{where}: {kernel.name} has {kernel.stack_bytes} bytes of stack, {kernel.spilled_bytes} spilled"
+        for note in self.notes:
+            yield f"{where}: {note}"
         if self.machine_code is None:
             return
         if LOCAL_MEMORY.search(self.machine_code):
             yield f"{where}: local memory is read or written"
-        for instruction in NATIVE.get(self.architecture, ()):
-            if instruction not in self.machine_code:
-                yield f"{where}: no {instruction}"
+        if self.source == "quantize.cu":
+            for instruction in NATIVE.get(self.architecture, ()):
+                if instruction not in self.machine_code:
+                    yield f"{where}: no {instruction}"
+        if self.source in MULTIPLICATIONS:
+            for fault in self.faults_of_products():
+                yield f"{where}: {fault}"
+
+    def faults_of_products(self) -> Iterator[str]:
+        multiplication, budgets = MULTIPLICATIONS[self.source], self.budgets()
+        for name, code in functions(self.machine_code or "").items():
+            if not any(multiplies(text, multiplication) for _, text in code):
+                yield f"{name} has no {multiplication}"
+        found = self.instructions_a_weight()
+        for tokens in sorted(budgets.keys() | found.keys()):
+            if tokens not in budgets:
+                yield f"no budget for {tokens} tokens"
+            elif tokens not in found:
+                yield f"no kernel with a main loop for {tokens} tokens"
+            elif found[tokens] > budgets[tokens]:
+                yield f"{found[tokens]:.2f} instructions a weight for {tokens} tokens, budget {budgets[tokens]}"
+
+    def budgets(self) -> Mapping[int, float]:
+        return BUDGETS.get((self.source, self.options[0]), {}) if self.options else {}
+
+    def instructions_a_weight(self) -> dict[int, float]:
+        """Of the main loop of each kernel, by its tokens."""
+        multiplication = MULTIPLICATIONS.get(self.source)
+        if multiplication is None or self.machine_code is None:
+            return {}
+        found = {}
+        for name, code in functions(self.machine_code).items():
+            parameter = re.search(r"\d(?:gemm|few)ILi(\d+)EE", name)
+            loop = main_loop(code, multiplication)
+            if parameter is None or loop is None:
+                continue
+            tokens = int(parameter[1])
+            for_same_weights = tokens / HMMA_TOKENS if multiplication == "HMMA" else 1
+            weights = loop.multiplications * WEIGHTS_AT_ONCE / for_same_weights
+            found[tokens] = loop.instructions / weights
+        return found
+
+    def row(self) -> str:
+        most = max((str(kernel.registers) for kernel in self.kernels), key=int, default="")
+        instructions = "" if self.source.endswith(".cpp") else "not looked at"
+        if self.machine_code is not None:
+            instructions = str(len(INSTRUCTION.findall(self.machine_code)))
+        a_weight, budgets = self.instructions_a_weight(), self.budgets()
+        tightest = max(
+            a_weight.keys() & budgets.keys(), key=lambda tokens: a_weight[tokens] / budgets[tokens], default=0
+        )
+        budget = f"{a_weight[tightest]:.2f} of {budgets[tightest]} ({tightest} tokens)" if tightest else ""
+        cells = (self.chip, self.source, " ".join(self.options), str(len(self.kernels)), most, instructions, budget)
+        return f"| {' | '.join(cells)} |"
+
+
+HEADER = """\
+| chip | source | for | kernels | most registers | instructions | a weight in the main loop, nearest its budget |
+|---|---|---|---|---|---|---|"""
+
+
+def functions(machine_code: str) -> dict[str, list[tuple[int, str]]]:
+    """The instructions of each function with their addresses."""
+    return {
+        part.split(maxsplit=1)[0]: [(int(address, 16), text) for address, text in INSTRUCTION.findall(part)]
+        for part in machine_code.split("Function : ")[1:]
+    }
+
+
+def multiplies(text: str, multiplication: str) -> bool:
+    return re.search(rf"\b{multiplication}\.", text) is not None
+
+
+def main_loop(code: Sequence[tuple[int, str]], multiplication: str) -> Loop | None:
+    """Of all loops that multiply, the one with the fewest instructions for each multiplication.
+
+    What one pass takes is counted along the shortest way from the loop's beginning to its end that has most
+    multiplications: without what only some threads do now and then, and without the waiting of who has to wait. A
+    branch back from code that is out of line closes no loop: from where it goes to, no way leads to it.
+    """
+    index_of = {address: index for index, (address, _) in enumerate(code)}
+    counts = [multiplies(text, multiplication) for _, text in code]
+    follows: list[tuple[int, ...]] = []
+    back: list[tuple[int, int]] = []
+    for index, (_, text) in enumerate(code):
+        branch = BRANCH.match(text)
+        if branch is None:
+            follows.append(() if ENDS.match(text) else (index + 1,))
+            continue
+        target = index_of.get(int(branch["target"], 16), len(code))
+        if target <= index:
+            back.append((target, index))
+        always = branch["guard"] is None and branch["condition"] is None
+        follows.append((target,) if always else (index + 1, target))
+    loops = [loop for first, last in back if (loop := one_pass(follows, counts, first, last)).multiplications]
+    return min(loops, key=lambda loop: loop.instructions / loop.multiplications, default=None)
+
+
+def one_pass(follows: Sequence[tuple[int, ...]], counts: Sequence[bool], first: int, last: int) -> Loop:
+    """From ``first`` to ``last``, only forward; no multiplications where no way leads there."""
+    best = {first: (0, 0)}  # multiplications, negative, and instructions on the way to an instruction
+    for index in range(first, last):
+        if index not in best:
+            continue
+        multiplications, instructions = best[index]
+        so_far = (multiplications - counts[index], instructions + 1)
+        for after in follows[index]:
+            if index < after <= last and so_far < best.get(after, (1, 0)):
+                best[after] = so_far
+    multiplications, instructions = best.get(last, (0, 0))
+    return Loop(instructions + 1, -multiplications)
 
 
 def kernels_of(report: str) -> tuple[Kernel, ...]:
@@ -89,18 +244,23 @@ def disassembler() -> str | None:
 
 
 def compile_object(
-    command: Sequence[str], architecture: tuple[int, int], directory: Path, cuobjdump: str | None
+    command: Sequence[str], architecture: tuple[int, int], target: Path, cuobjdump: str | None
 ) -> Object:
-    dtype = next(word for word in command if word.startswith("-DFOS_DTYPE=")).partition("=")[2]
-    target = directory / f"{dtype}-{architecture[0]}{architecture[1]}.o"
     done = subprocess.run([*command, "-Xptxas=-v", "-o", str(target)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"nvcc failed with status {done.returncode}:\n{done.stderr}")
+    source = Path(command[command.index("-c") + 1]).name
     machine_code = None
-    if cuobjdump is not None:
+    if cuobjdump is not None and source.endswith(".cu"):
         dump = [cuobjdump, "--dump-sass", str(target)]
         machine_code = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
-    return Object(architecture, dtype, kernels_of(done.stderr), machine_code)
+    options = tuple(word.partition("=")[2] for word in command if word.startswith("-DFOS_"))
+    return Object(architecture, source, options, kernels_of(done.stderr), machine_code, serialized(done.stderr))
+
+
+def serialized(report: str) -> tuple[str, ...]:
+    """ptxas's notes of multiplications that wait for one another."""
+    return tuple(line.strip() for line in report.splitlines() if SERIALIZED in line)
 
 
 def capability(text: str) -> tuple[int, int]:
@@ -121,14 +281,14 @@ def main() -> int:
     if cuobjdump is None:
         print("no cuobjdump: only ptxas's own report is looked at")
     jobs = [(line, each) for each in architectures for line in build.kernel_commands(compiler, [each])]
+    if build.HOPPER in architectures:
+        jobs += [(line, build.HOPPER) for line in build.product_commands(compiler)]
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda job: compile_object(job[0], job[1], Path(directory), cuobjdump), jobs))
-    print("| architecture | input | kernels | most registers | instructions |\n|---|---|---|---|---|")
+        targets = (Path(directory) / f"{index}.o" for index in range(len(jobs)))
+        objects = list(pool.map(lambda job, to: compile_object(job[0], job[1], to, cuobjdump), jobs, targets))
+    print(HEADER)
     for each in objects:
-        most = max((kernel.registers for kernel in each.kernels), default=0)
-        architecture = f"sm_{each.architecture[0]}{each.architecture[1]}"
-        instructions = len(INSTRUCTION.findall(each.machine_code)) if each.machine_code else "not looked at"
-        print(f"| {architecture} | {each.dtype} | {len(each.kernels)} | {most} | {instructions} |")
+        print(each.row())
     faults = [fault for each in objects for fault in each.faults()]
     for fault in faults:
         print(f"FAULT {fault}")
