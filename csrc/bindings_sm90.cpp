@@ -164,6 +164,7 @@ Tensor linear(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, O
   g.tokens = launch.tokens;
   g.split = launch.split;
   g.split_steps = ceil_div(g.steps, g.split);
+  g.split = ceil_div(g.steps, g.split_steps);  // nobody without a step
   g.strips = launch.strips;
   g.block_limit = ceil_div(g.rows, g.tokens);
   check_launch(cuda::multiply(g, current_stream(x)));
@@ -191,6 +192,7 @@ cuda::Route ids_of(Tensor& topk_ids, int64_t experts) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> route(Tensor topk_ids, int64_t experts, int64_t tokens) {
   cuda::Route r = ids_of(topk_ids, experts);
   r.tokens = int_of(tokens);
+  STD_TORCH_CHECK(r.tokens > 0, "tokens: got 0, needed the rows of a block");
   const int64_t most = r.slots / r.tokens + (r.slots < experts ? r.slots : experts);
   Tensor slot_of_row = torch::stable::new_empty(topk_ids, {r.slots}, ScalarType::Int);
   Tensor token_of_row = torch::stable::new_empty(topk_ids, {r.slots}, ScalarType::Int);
@@ -251,11 +253,14 @@ Tensor multiply_experts(Tensor x, Tensor codes, Tensor block_scale, Tensor decod
 }
 
 Tensor combine(Tensor slots, OptionalTensor topk_weights, Tensor topk_ids, int64_t experts, ScalarType dtype) {
+  check(slots, "slots", ScalarType::Float, slots);
   cuda::Combine c = {};
   c.route = ids_of(topk_ids, experts);
   c.slots = static_cast<const float*>(slots.data_ptr());
   c.columns = int_of(slots.size(1));
   c.dtype = dtype_of(dtype);
+  STD_TORCH_CHECK(slots.dim() == 2 && slots.size(0) == c.route.slots && c.columns % 4 == 0 && c.dtype != Dtype::fp32,
+                  "slots: needed [", c.route.slots, ", N], summed to 16 bits");
   if (topk_weights.has_value()) {
     check(*topk_weights, "topk_weights", ScalarType::Float, slots);
     topk_weights = torch::stable::contiguous(*topk_weights);

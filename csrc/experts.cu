@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kRouteThreads) sort_slots(const Route r) {
       const int begin = rows + rows_to - own, end = rows + rows_to;
       for (int i = 0; i < own_blocks; ++i) {
         const int from = begin + i * r.tokens;
-        r.blocks[blocks + blocks_to - own_blocks + i] = {expert, from, end < from + r.tokens ? end : from + r.tokens, 0};
+        r.blocks[blocks + blocks_to - own_blocks + i] = {expert, from, min(end, from + r.tokens), 0};
       }
       if (expert < r.experts) next[expert] = begin;
       rows += __shfl_sync(~0u, rows_to, kWarp - 1);
@@ -77,7 +77,8 @@ __global__ void __launch_bounds__(kCopyThreads) gather_rows(const Gather g) {
   const int row = blockIdx.x;
   if (row >= g.in_use[1]) return;
   constexpr int kEach = 8;
-  const uint4* from = reinterpret_cast<const uint4*>(g.x) + static_cast<int64_t>(g.token_of_row[row]) * (g.columns / kEach);
+  const int64_t token = g.token_of_row[row];
+  const uint4* from = reinterpret_cast<const uint4*>(g.x) + token * (g.columns / kEach);
   uint4* to = reinterpret_cast<uint4*>(g.out) + static_cast<int64_t>(row) * (g.columns / kEach);
   const float weight = g.topk_weights == nullptr ? 1.0f : g.topk_weights[g.slot_of_row[row]];
   for (int i = threadIdx.x; i < g.columns / kEach; i += kCopyThreads) {
@@ -128,7 +129,8 @@ cudaError_t gather(const Gather& g, cudaStream_t stream) {
 cudaError_t combine(const Combine& c, cudaStream_t stream) {
   const int tokens = c.route.slots / c.route.top_k;
   if (tokens == 0) return cudaSuccess;
-  const dim3 grid(static_cast<unsigned>(tokens), static_cast<unsigned>((c.columns / 4 + kSumThreads - 1) / kSumThreads));
+  const int parts = (c.columns / 4 + kSumThreads - 1) / kSumThreads;
+  const dim3 grid(static_cast<unsigned>(tokens), static_cast<unsigned>(parts));
   if (c.dtype == Dtype::bf16) sum_slots<__nv_bfloat16><<<grid, kSumThreads, 0, stream>>>(c);
   else sum_slots<__half><<<grid, kSumThreads, 0, stream>>>(c);
   return cudaGetLastError();

@@ -5,8 +5,8 @@
 // them, from global memory into registers, `kAhead` steps before their use; no barrier stands between a load and its
 // use. A CTA takes `strips` times 16 weight rows at once; the warps of a strip share its columns, and what they add up
 // meets in shared memory, in the order of the warps. The warps that have the same columns form a group, whose first one
-// has the copy engine bring x: all of it, where there is room for it, else some steps ahead. CTAs stay, one to a multiprocessor, for units (strips of a block of
-// rows) that follow one another.
+// has the copy engine bring x: all of it, where there is room for it, else some steps ahead. CTAs stay, one to a
+// multiprocessor, for units (strips of a block of rows) that follow one another.
 //
 // How weights become 16-bit numbers, and sums results, is in gemm_parts.cuh.
 #include <cuda.h>
@@ -26,7 +26,7 @@ constexpr int kTileStrips = kRowTile / kStrip;
 constexpr int kAhead = 6;  // steps that weights are asked for before their use; a whole number of rounds
 constexpr int kRound = 3;  // steps whose tokens come together
 constexpr int kStripCodes = kStrip * kStep / 2, kStripScales = kStrip * kStep / kBlock;  // bytes of a step
-constexpr int kHalfStepBytes = kStep * 2 / 2;                                            // of a token's columns
+constexpr int kHalfStepBytes = kStep / 2 * 2;  // 32 columns of a token
 constexpr int kSumPitch = kStrip + 4;  // sums of a token; neither side meets a bank twice
 constexpr int kMostSlots = 16;
 constexpr int kSharedMemory = 227 * 1024;
@@ -131,7 +131,9 @@ __global__ void __launch_bounds__(kThreads, 1) few(const __grid_constant__ CUten
   }
   if (threadIdx.x == 0) prefetch_map(&map);
 
-  const auto codes_of = [&](uint32_t piece) { return g.codes + lane * 16 + static_cast<uint64_t>(piece) * kStripCodes; };
+  const auto codes_of = [&](uint32_t piece) {
+    return g.codes + lane * 16 + static_cast<uint64_t>(piece) * kStripCodes;
+  };
   const auto scales_of = [&](uint32_t piece) {
     return g.block_scale + lane / 4 * 8 + static_cast<uint64_t>(piece) * kStripScales;
   };
@@ -139,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, 1) few(const __grid_constant__ CUten
     w.load(codes_of(piece) + step * kCodeBytes, scales_of(piece) + step * kScaleBytes);
   };
 
-  // Weights of one matrix may come before the kernel before this one has ended: no kernel makes them.
+  // Weights of one matrix may come before the kernel before this one has ended: it is not the one that made them.
   if (g.blocks != nullptr) wait_for_kernel_before();
   const int units = (g.blocks == nullptr ? g.block_limit : *g.blocks_in_use) * work.row_units;
   const int first_unit = static_cast<int>(static_cast<int64_t>(units) * blockIdx.x / gridDim.x);
@@ -174,7 +176,7 @@ __global__ void __launch_bounds__(kThreads, 1) few(const __grid_constant__ CUten
     if (fill_unit < work.last_unit) fill_row = work.block(fill_unit).begin;
   };
   // Two rounds before each, until all slots are full: so many copies take longer to ask for than the first to come.
-  int room = slots - (resident ? 0 : 1);
+  int room = resident ? slots : max(1, slots - 1);
   const auto fill_some = [&] {
     for (int i = 0; i < 2 && room > 0; ++i, --room) fill();
   };
@@ -264,11 +266,6 @@ __global__ void __launch_bounds__(kThreads, 1) few(const __grid_constant__ CUten
         }
         codes += kAhead * kCodeBytes;
         scales += kAhead * kScaleBytes;
-      }
-      // Places that this unit had no step for.
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        if (i >= range.steps && i < next.steps) load(weights[i], next.piece, i);
       }
     }
     if (next.unit >= work.last_unit) let_kernel_after_start();

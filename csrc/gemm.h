@@ -1,4 +1,4 @@
-// What bindings_sm90.cpp calls of gemm_sm90.cu and moe_sm90.cu: plain pointers, as in operands.h.
+// What bindings_sm90.cpp calls of the kernels for Hopper and of experts.cu: plain pointers, as in operands.h.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -203,7 +203,7 @@ __device__ __forceinline__ void bring_weights(const Gemm& g, Ring<kTokens> ring,
   };
   int step = steps.first;
   if (g.blocks == nullptr) {
-    // Weights are no kernel's result: they may come before the kernel before this one has ended.
+    // Weights may come before the kernel before this one has ended: it is not the one that made them (tiles_sm90.cu).
     const Tiles tiles(g);
     if (cluster < tiles.count) {
       const Tile tile = tiles(g, cluster);
@@ -288,8 +288,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) uint8_t memory[];
   Ring<kTokens> ring{shared_address(memory)};
   const int warp = threadIdx.x / kWarp, thread = threadIdx.x % kGroup;
-  const int rank = blockIdx.x;
-  const int cluster = blockIdx.y, clusters = gridDim.y;
+  const int rank = blockIdx.x % g.split;
+  const int cluster = blockIdx.x / g.split, clusters = gridDim.x / g.split;
   const Steps steps = {min(g.steps, rank * g.split_steps), min(g.steps, (rank + 1) * g.split_steps)};
 
   if (threadIdx.x == 0) {
@@ -346,7 +346,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <int kTokens>
 cudaError_t prepare(int* multiprocessors) {
   constexpr int kDevices = 64;
-  static int known[kDevices] = {};
+  static thread_local int known[kDevices] = {};  // a thread's first call also gives it the device's context
   int device = 0;
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
   if (device >= kDevices || known[device] == 0) {
@@ -380,7 +380,7 @@ cudaError_t launch(const Gemm& g, cudaStream_t stream) {
   attributes[1].id = cudaLaunchAttributeClusterDimension;
   attributes[1].val.clusterDim = {static_cast<unsigned>(g.split), 1, 1};
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(g.split), static_cast<unsigned>(clusters));
+  config.gridDim = dim3(static_cast<unsigned>(g.split * clusters));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = S::kBytes;
   config.stream = stream;

@@ -64,7 +64,7 @@ __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
   } while (done == 0);
 }
 
-// Of 128 threads, or as many as `threads` says: ids from 1 on (0 is __syncthreads).
+// Of as many threads as `threads` says: ids from 1 on (0 is __syncthreads).
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -197,8 +197,6 @@ struct Wgmma;
     }                                                                                                                 \
   };
 #define FOS_WGMMA_OF(T, type)                                                              \
-  FOS_WGMMA(T, type, 8, 4, "%4", "%5", "%6", "%7", "%8", "%9")                             \
-  FOS_WGMMA(T, type, 16, 8, "%8", "%9", "%10", "%11", "%12", "%13")                        \
   FOS_WGMMA(T, type, 32, 16, "%16", "%17", "%18", "%19", "%20", "%21")                     \
   FOS_WGMMA(T, type, 64, 32, "%32", "%33", "%34", "%35", "%36", "%37")                     \
   FOS_WGMMA(T, type, 128, 64, "%64", "%65", "%66", "%67", "%68", "%69")                    \

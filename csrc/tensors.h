@@ -54,6 +54,7 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
 }
 
 inline void check_launch(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();  // or the next launch would be told of it, too
   STD_TORCH_CHECK(error == cudaSuccess, "fouroversix: ", cudaGetErrorString(error));
 }
 

@@ -107,8 +107,15 @@ def moe(
     """:func:`fouroversix_plugin.reference.moe` on weights in tiles, those of w13 ``gated``."""
     kernels = torch.ops.fouroversix_cuda
     experts, half, hidden = w13_decode_scale.shape[0], w13_decode_scale.shape[1] // 2, w2_decode_scale.shape[1]
+    if topk_ids.shape != topk_weights.shape or topk_ids.shape[0] != x.shape[0]:
+        shapes = tuple(topk_ids.shape), tuple(topk_weights.shape)
+        raise ValueError(f"topk_ids, topk_weights: got shapes {shapes}, needed [{x.shape[0]}, top_k] both")
+    if w2_decode_scale.shape[0] != experts:
+        raise ValueError(f"w2: got {w2_decode_scale.shape[0]} experts, needed the {experts} of w13")
     if x.shape[0] == 0:
         return x.new_empty(0, hidden)
+    if topk_ids.dtype not in (torch.int32, torch.int64):
+        topk_ids = topk_ids.int()
     topk_weights = topk_weights.float()
     on_input = apply_router_weight_on_input
     tokens = _rows_of_a_tile(topk_ids.numel(), experts)
@@ -138,7 +145,7 @@ def moe(
 
 def _rows_of_a_tile(slots: int, experts: int) -> int:
     """Rows of x that a tile multiplies: about all that an expert has, so that its weights are read once."""
-    if slots <= _FEW_SLOTS:
+    if slots <= _FEW_SLOTS and not _batch_invariant:
         return _TILE_ROWS[0]
     expected = slots / experts
     return next((rows for rows in _TILE_ROWS[1:] if rows >= 1.5 * expected), _TILE_ROWS[-1])

@@ -131,7 +131,13 @@ def unprepare_weight(w: PreparedWeight) -> NVFP4Tensor:
 
 def as_stored(q: NVFP4Tensor) -> PreparedWeight:
     """A weight as it is: every device's operators take it, at the price of unpacking it in the call."""
-    return PreparedWeight(q.packed, q.block_scale.view(torch.uint8), q.row_decode_scale.contiguous())
+    return PreparedWeight(q.packed, q.block_scale.view(torch.uint8), q.row_decode_scale.contiguous(), q.shape[-1])
+
+
+def _check_columns(name: str, x: Tensor, w: PreparedWeight) -> None:
+    """Tiles are filled up: the operators would not notice a K that only they make fit."""
+    if w.columns and x.shape[-1] != w.columns:
+        raise ValueError(f"{name}: got {x.shape[-1]} columns, needed the weight's {w.columns}")
 
 
 def quantize(
@@ -161,6 +167,7 @@ def linear(
     operators: Any = torch.ops.fouroversix,
 ) -> Tensor:
     """x [M, K] times a prepared weight; see :func:`fouroversix_plugin.reference.linear`."""
+    _check_columns("x", x, w)
     values, token_scale = x, None
     if activations is not None:
         values, token_scale = operators.quantize_values(x, input_amax, activations.key)
@@ -183,6 +190,7 @@ def moe(
     inner_amax: Tensor | None = None,
 ) -> Tensor:
     """Mixture of experts on prepared weights; see :func:`fouroversix_plugin.reference.moe`."""
+    _check_columns("x", x, w13)
     out: Tensor = torch.ops.fouroversix.moe(
         x,
         w13.weight,
