@@ -2,8 +2,8 @@
 
 A layer's life: its shape is checked when it is created (:func:`check_input_size`); its parameters are filled from a
 checkpoint (:class:`WeightShape`, :class:`StoredParameter`) and checked, or its full-precision weight is quantized
-(both: :mod:`fouroversix_plugin.weights`); the result is prepared for the device once
-(:func:`fouroversix_plugin.kernels.ops.prepare_weight`); then it is applied.
+(both: :mod:`fouroversix_plugin.weights`); the result is prepared for the device once (:func:`prepare_linear`,
+:func:`prepare_experts`); then it is applied.
 
 Every error names the layer, what was got, what was needed and what to do.
 """
@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from fouroversix_plugin.formats import INPUT_SCALE_RANGE, Format, Part
-from fouroversix_plugin.kernels import ops
+from fouroversix_plugin.kernels import ops, select
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
-from fouroversix_plugin.recipe import BLOCK_SIZE, Recipe
+from fouroversix_plugin.recipe import BLOCK_SIZE, Recipe, Scheme
 from fouroversix_plugin.weights import (
     E4M3_NAN,
     NARROW,
@@ -225,6 +225,26 @@ class LoadReport:
             logger.info(
                 "fouroversix: on CPU the weights are held dequantized after loading (%s)", prepared.weight.dtype
             )
+
+
+def prepare_linear(
+    name: str, q: NVFP4Tensor, scheme: Scheme, report: LoadReport, dtype: torch.dtype
+) -> ops.PreparedWeight:
+    """The weight [N, K] of the layer ``name`` as its device wants it for inputs of ``dtype``, counted in the log."""
+    select("linear", scheme.name, q.shape, q.device)
+    prepared = ops.prepare_weight(q, dtype)
+    report.loaded(name, [q], prepared)
+    return prepared
+
+
+def prepare_experts(
+    name: str, w13: NVFP4Tensor, w2: NVFP4Tensor, scheme: Scheme, report: LoadReport, dtype: torch.dtype
+) -> tuple[ops.PreparedWeight, ops.PreparedWeight]:
+    """As :func:`prepare_linear`, of experts: w13 [E, 2I, H] and w2 [E, H, I]."""
+    select("moe", scheme.name, w13.shape, w13.device)
+    prepared = ops.prepare_experts(w13, w2, dtype)
+    report.loaded(name, [w13, w2], prepared[0])
+    return prepared
 
 
 def apply_linear(

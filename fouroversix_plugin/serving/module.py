@@ -9,13 +9,14 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fouroversix_plugin.formats import Format, Part
 from fouroversix_plugin.kernels.ops import PreparedWeight
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
-from fouroversix_plugin.recipe import Scheme
-from fouroversix_plugin.serving.layer import static_amax
+from fouroversix_plugin.recipe import Recipe, Scheme
+from fouroversix_plugin.serving.layer import WeightShape, check_input_size, static_amax
 from fouroversix_plugin.weights import stored_weight
 
 NAMES: Final = ("weight", "weight_scale", "weight_scale_2")
@@ -108,6 +109,67 @@ def under_name(loader: Callable[..., Any], name: str) -> Callable[..., Any]:
         return loader(param, loaded_weight, name, *shard, **named)
 
     return load
+
+
+def expert_shapes(name: str, experts: int, hidden_size: int, inner: int, full_inner: int) -> dict[str, WeightShape]:
+    """The weights of ``experts`` on this rank, by the stems of their parameters.
+
+    Args:
+        name: of the layer, for errors.
+        inner: intermediate size on this rank.
+        full_inner: the same over all ranks.
+    """
+    check_input_size(name, hidden_size, hidden_size)
+    check_input_size(name, inner, full_inner)
+    lead = (experts,)
+    return {
+        "w13_": WeightShape(2 * inner, hidden_size, hidden_size, shards=2, lead=lead),
+        "w2_": WeightShape(hidden_size, inner, full_inner, shards=1, lead=lead),
+    }
+
+
+def full_expert_rows(stem: str, shape: WeightShape, ranks: int) -> Callable[..., int]:
+    """N of one of an expert's three weights over the ranks that share it, whatever the shard."""
+    rows = shape.rows if stem == "w2_" else shape.rows // 2 * ranks
+    return lambda *shard, **named: rows
+
+
+def create_stored_experts(
+    layer: Any,
+    stem: str,
+    name: str,
+    form: Format,
+    shape: WeightShape,
+    recipe: Recipe,
+    attributes: Mapping[str, Any],
+    rows: Callable[..., int],
+    set_attributes: Callable[[Tensor, dict[str, Any]], object],
+    pads: bool = False,
+) -> None:
+    """Put on a layer what one stored weight of its experts is loaded into.
+
+    Args:
+        stem: of the parameters' names.
+        name: of the layer, for errors.
+        attributes: what the engine wants on expert parameters, its ``weight_loader`` among them.
+        rows: as :func:`full_expert_rows` makes it.
+        set_attributes: the engine's.
+        pads: as :meth:`StoredParameter.loader` has it.
+    """
+    for stored in shape.stored(form):
+        parameter = torch.nn.Parameter(stored.empty, requires_grad=False)
+        layer.register_parameter(stem + stored.name, parameter)
+        kind = EXPERT_KINDS[stored.part]
+        loader = under_name(attributes["weight_loader"], stem + kind.name)
+        checked = stored.loader(loader, f"{name} ({stem}*)", recipe, rows, pads)
+        set_attributes(parameter, {**attributes, **kind.attributes, "weight_loader": checked})
+
+
+def take_stored_experts(layer: Any, stem: str, name: str, form: Format, scheme: Scheme) -> NVFP4Tensor:
+    """:func:`take_stored` of experts: gate and up have decode scales of their own."""
+    shards = 2 if stem == "w13_" else 1
+    rows = getattr(layer, stem + form.names["packed"]).shape[1] // shards
+    return take_stored(layer, stem, f"{name} ({stem}*)", form, scheme, [rows] * shards)
 
 
 def refuse_experts(name: str, reasons: Sequence[str]) -> None:

@@ -13,8 +13,7 @@ from sglang.srt.utils import set_weight_attrs
 from torch import Tensor
 
 from fouroversix_plugin.formats import Format
-from fouroversix_plugin.kernels import select
-from fouroversix_plugin.kernels.ops import PreparedWeight, prepare_weight
+from fouroversix_plugin.kernels.ops import PreparedWeight
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
 from fouroversix_plugin.recipe import Scheme
 from fouroversix_plugin.serving import layer as neutral
@@ -74,9 +73,7 @@ class _LinearMethod(LinearMethodBase):
         if getattr(layer, DONE, False):
             return
         q = self._quantized(layer)
-        select("linear", self.scheme.name, q.shape, q.device)
-        prepared = prepare_weight(q, layer.params_dtype)
-        self.report.loaded(self.prefix, [q], prepared)
+        prepared = neutral.prepare_linear(self.prefix, q, self.scheme, self.report, layer.params_dtype)
         install(layer, "", prepared, self.prefix)
         setattr(layer, DONE, True)
 

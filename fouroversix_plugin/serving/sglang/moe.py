@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,19 +13,20 @@ from sglang.srt.utils import is_cuda, set_weight_attrs
 from torch import Tensor
 
 from fouroversix_plugin.formats import Format
-from fouroversix_plugin.kernels import ops, select
+from fouroversix_plugin.kernels import ops
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
 from fouroversix_plugin.recipe import Recipe, Scheme
 from fouroversix_plugin.serving import layer as neutral
 from fouroversix_plugin.serving.arriving import ArrivingWeight
 from fouroversix_plugin.serving.module import (
     ACTIVATIONS,
-    EXPERT_KINDS,
+    create_stored_experts,
+    expert_shapes,
+    full_expert_rows,
     input_amax,
     installed,
     refuse_experts,
-    take_stored,
-    under_name,
+    take_stored_experts,
 )
 from fouroversix_plugin.serving.sglang import RUNNER, runner_module
 from fouroversix_plugin.serving.sglang.linear import DONE, install, spellings
@@ -107,14 +107,10 @@ class _MoEMethod(FusedMoEMethodBase):
         self.dtype = params_dtype
         inner = intermediate_size_per_partition
         full_inner = inner * layer.moe_tp_size
-        neutral.check_input_size(self.prefix, hidden_size, hidden_size)
-        neutral.check_input_size(self.prefix, inner, full_inner)
+        shapes = expert_shapes(self.prefix, num_experts, hidden_size, inner, full_inner)
         self.report.expect(self.prefix)
-        lead = (num_experts,)
-        w13 = neutral.WeightShape(2 * inner, hidden_size, hidden_size, shards=2, lead=lead)
-        w2 = neutral.WeightShape(hidden_size, inner, full_inner, shards=1, lead=lead)
-        self._create(layer, "w13_", w13, extra_weight_attrs)
-        self._create(layer, "w2_", w2, extra_weight_attrs)
+        for stem, shape in shapes.items():
+            self._create(layer, stem, shape, extra_weight_attrs)
 
     def _create(self, layer: Any, stem: str, shape: neutral.WeightShape, attributes: dict[str, Any]) -> None:
         raise NotImplementedError
@@ -126,9 +122,7 @@ class _MoEMethod(FusedMoEMethodBase):
         if getattr(layer, DONE, False):
             return
         w13, w2 = self._quantized(layer, "w13_"), self._quantized(layer, "w2_")
-        select("moe", self.scheme.name, w13.shape, w13.device)
-        prepared = ops.prepare_experts(w13, w2, self.dtype)
-        self.report.loaded(self.prefix, [w13, w2], prepared[0])
+        prepared = neutral.prepare_experts(self.prefix, w13, w2, self.scheme, self.report, self.dtype)
         install(layer, "w13_", prepared[0], self.prefix)
         install(layer, "w2_", prepared[1], self.prefix)
         setattr(layer, DONE, True)
@@ -147,12 +141,6 @@ class _MoEMethod(FusedMoEMethodBase):
         return self.runner.run(dispatch_output, experts)
 
 
-def _full_rows(layer: Any, stem: str, shape: neutral.WeightShape) -> Callable[..., int]:
-    """N of one of an expert's three weights over all ranks, whatever the shard."""
-    rows = shape.rows if stem == "w2_" else shape.rows // 2 * layer.moe_tp_size
-    return lambda *shard, **named: rows
-
-
 class StoredMoEMethod(_MoEMethod):
     """Experts of a quantized checkpoint."""
 
@@ -161,23 +149,22 @@ class StoredMoEMethod(_MoEMethod):
         self.form = form
 
     def _create(self, layer: Any, stem: str, shape: neutral.WeightShape, attributes: dict[str, Any]) -> None:
-        for stored in shape.stored(self.form):
-            parameter = torch.nn.Parameter(stored.empty, requires_grad=False)
-            layer.register_parameter(stem + stored.name, parameter)
-            kind = EXPERT_KINDS[stored.part]
-            loader = stored.loader(
-                under_name(attributes["weight_loader"], stem + kind.name),
-                f"{self.prefix} ({stem}*)",
-                self.scheme.weights,
-                _full_rows(layer, stem, shape),
-                pads=True,
-            )
-            set_weight_attrs(parameter, {**attributes, **kind.attributes, "weight_loader": loader})
+        rows = full_expert_rows(stem, shape, layer.moe_tp_size)
+        create_stored_experts(
+            layer,
+            stem,
+            self.prefix,
+            self.form,
+            shape,
+            self.scheme.weights,
+            attributes,
+            rows,
+            set_weight_attrs,
+            pads=True,
+        )
 
     def _quantized(self, layer: Any, stem: str) -> NVFP4Tensor:
-        shards = 2 if stem == "w13_" else 1
-        rows = getattr(layer, f"{stem}{self.form.names['packed']}").shape[1] // shards
-        return take_stored(layer, stem, f"{self.prefix} ({stem}*)", self.form, self.scheme, [rows] * shards)
+        return take_stored_experts(layer, stem, self.prefix, self.form, self.scheme)
 
 
 class OnlineMoEMethod(_MoEMethod):
@@ -192,7 +179,7 @@ class OnlineMoEMethod(_MoEMethod):
         weight = torch.empty(*shape.lead, shape.rows, shape.columns, dtype=self.dtype)
         if not self.random_weights:
             arriving = ArrivingWeight(self._name(stem), weight, shape.full_columns, self.scheme.weights)
-            loader = arriving.loader(attributes["weight_loader"], _full_rows(layer, stem, shape))
+            loader = arriving.loader(attributes["weight_loader"], full_expert_rows(stem, shape, layer.moe_tp_size))
             self.arriving[stem] = arriving
             attributes = {**attributes, "weight_loader": loader}
         parameter = torch.nn.Parameter(weight, requires_grad=False)

@@ -14,18 +14,19 @@ from vllm.model_executor.model_loader.reload.layerwise import initialize_online_
 from vllm.model_executor.utils import set_weight_attrs
 
 from fouroversix_plugin.formats import Format
-from fouroversix_plugin.kernels import ops, select
+from fouroversix_plugin.kernels import ops
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
 from fouroversix_plugin.recipe import Scheme
 from fouroversix_plugin.serving import layer as neutral
 from fouroversix_plugin.serving.module import (
     ACTIVATIONS,
-    EXPERT_KINDS,
+    create_stored_experts,
+    expert_shapes,
+    full_expert_rows,
     input_amax,
     installed,
     refuse_experts,
-    take_stored,
-    under_name,
+    take_stored_experts,
 )
 from fouroversix_plugin.serving.vllm.linear import (
     DONE,
@@ -86,14 +87,10 @@ class _MoEMethod(FusedMoEMethodBase):
     ) -> None:
         inner = intermediate_size_per_partition
         full_inner = inner * self.moe.moe_parallel_config.tp_size
-        neutral.check_input_size(self.prefix, hidden_size, hidden_size)
-        neutral.check_input_size(self.prefix, inner, full_inner)
+        shapes = expert_shapes(self.prefix, num_experts, hidden_size, inner, full_inner)
         self.report.expect(self.prefix)
-        lead = (num_experts,)
-        w13 = neutral.WeightShape(2 * inner, hidden_size, hidden_size, shards=2, lead=lead)
-        w2 = neutral.WeightShape(hidden_size, inner, full_inner, shards=1, lead=lead)
-        self._create(layer, "w13_", w13, params_dtype, extra_weight_attrs)
-        self._create(layer, "w2_", w2, params_dtype, extra_weight_attrs)
+        for stem, shape in shapes.items():
+            self._create(layer, stem, shape, params_dtype, extra_weight_attrs)
 
     def _create(
         self, layer: Any, stem: str, shape: neutral.WeightShape, dtype: torch.dtype, attributes: dict[str, Any]
@@ -104,9 +101,7 @@ class _MoEMethod(FusedMoEMethodBase):
         if getattr(layer, DONE, False):
             return
         w13, w2 = self._quantized(layer, "w13_"), self._quantized(layer, "w2_")
-        select("moe", self.scheme.name, w13.shape, w13.device)
-        prepared = ops.prepare_experts(w13, w2, layer.params_dtype)
-        self.report.loaded(self.prefix, [w13, w2], prepared[0])
+        prepared = neutral.prepare_experts(self.prefix, w13, w2, self.scheme, self.report, layer.params_dtype)
         install(layer, "w13_", prepared[0])
         install(layer, "w2_", prepared[1])
         setattr(layer, DONE, True)
@@ -152,23 +147,13 @@ class StoredMoEMethod(_MoEMethod):
         self, layer: Any, stem: str, shape: neutral.WeightShape, dtype: torch.dtype, attributes: dict[str, Any]
     ) -> None:
         check_loads_weights(self.prefix)
-        full_rows = shape.rows if stem == "w2_" else shape.rows // 2 * self.moe.moe_parallel_config.tp_size
-        for stored in shape.stored(self.form):
-            parameter = torch.nn.Parameter(stored.empty, requires_grad=False)
-            layer.register_parameter(stem + stored.name, parameter)
-            kind = EXPERT_KINDS[stored.part]
-            loader = stored.loader(
-                under_name(attributes["weight_loader"], stem + kind.name),
-                f"{self.prefix} ({stem}*)",
-                self.scheme.weights,
-                lambda *shard, **named: full_rows,
-            )
-            set_weight_attrs(parameter, {**attributes, **kind.attributes, "weight_loader": loader})
+        rows = full_expert_rows(stem, shape, self.moe.moe_parallel_config.tp_size)
+        create_stored_experts(
+            layer, stem, self.prefix, self.form, shape, self.scheme.weights, attributes, rows, set_weight_attrs
+        )
 
     def _quantized(self, layer: Any, stem: str) -> NVFP4Tensor:
-        rows = getattr(layer, f"{stem}{self.form.names['packed']}").shape[1]
-        shards = 2 if stem == "w13_" else 1
-        return take_stored(layer, stem, f"{self.prefix} ({stem}*)", self.form, self.scheme, [rows // shards] * shards)
+        return take_stored_experts(layer, stem, self.prefix, self.form, self.scheme)
 
 
 class OnlineMoEMethod(_MoEMethod):
