@@ -3,16 +3,9 @@
 // Compiled once for each device: FOS_LIBRARY names the namespace (fouroversix_cpu, fouroversix_cuda), FOS_KEY the
 // dispatch key. What users call is torch.ops.fouroversix (kernels/ops.py), which passes recipes taken apart.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
-
-#include <optional>
 #include <tuple>
 #include <vector>
 
-#include "operands.h"
 #include "tensors.h"
 
 #if defined(FOS_CUDA)

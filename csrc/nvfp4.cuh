@@ -266,7 +266,8 @@ FOS_FN int64_t tile_rows(Layout layout) {
   return layout == Layout::row_major ? 1 : (layout == Layout::tiles_128x4 ? 128 : 8);
 }
 
-FOS_FN int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+FOS_FN int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+FOS_FN int64_t round_up(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
 
 FOS_FN int64_t padded_scale_columns(Layout layout, int64_t columns) {
   return layout == Layout::row_major ? columns : round_up(columns, 4);

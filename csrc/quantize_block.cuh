@@ -1,0 +1,521 @@
+// How threads of a GPU quantize blocks of 16 values: what quantize.cu and quantize_few_rows.cuh share.
+//
+// Compiled with FOS_DTYPE = bf16, fp16 or fp32, the type of the input, and -fmad=false: only what is written as fmaf is
+// fused, and only where it is exact or where no byte depends on it.
+//
+// How the choice between 4 and 6 stays byte-exact at a third of the instructions. Errors decide one comparison, so they
+// need not be the specification's, only near enough: a block's two errors are first computed with fused operations, in
+// any order, in one domain for all three (`Filter`). Where they differ by more than both computations can be off, the
+// comparison has the same answer; where they do not (about one block in ten thousand of random ones, ties, and every
+// block outside the range that the bound was derived for), the block is settled with nvfp4.cuh's operations, in the
+// specification's order. Rounding itself is exact on both ways.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp4.h>
+#include <cuda_fp8.h>
+
+#include <cstring>
+
+#include "cuda.h"
+
+// Conversions that only some chips have. The generic code beside each gives the same bits.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+#define FOS_NATIVE_FP8 1
+#endif
+#if defined(__CUDA_ARCH_FEAT_SM100_ALL) || defined(__CUDA_ARCH_FEAT_SM103_ALL) || \
+    defined(__CUDA_ARCH_FEAT_SM120_ALL) || defined(__CUDA_ARCH_FEAT_SM121_ALL)
+#define FOS_NATIVE_E2M1 1
+#endif
+
+namespace fos::cuda {
+namespace {
+
+constexpr Dtype kDtype = Dtype::FOS_DTYPE;
+constexpr int kWarp = 32;
+constexpr int64_t kMultiprocessors = 132, kResidentThreads = kMultiprocessors * 32 * kWarp;  // of an H200
+
+// Registers of a thread: as few as nothing is spilled with. 64 make room for 32 warps on a multiprocessor, 80 for 24.
+template <bool gated, bool as_values>
+__host__ __device__ constexpr int registers() {
+#if defined(FOS_NATIVE_E2M1)
+  if (kDtype != Dtype::fp32 && !gated && !as_values) return 64;
+#elif defined(FOS_NATIVE_FP8)
+  if (kDtype != Dtype::fp32 && !gated) return as_values ? 80 : 64;
+#endif
+  return 96;
+}
+
+// As bits(), for CUDA's pairs, which are not trivially copyable by the letter.
+template <class To, class From>
+__device__ __forceinline__ To pair_bits(From value) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &value, sizeof to);
+  return to;
+}
+
+// 16 values as they lie in memory: two to a word, even column low, or one.
+struct Raw {
+  static constexpr int kWords = kDtype == Dtype::fp32 ? 16 : 8;
+  uint32_t word[kWords];
+};
+
+constexpr uint32_t kSigns = kDtype == Dtype::fp32 ? kSign : 0x80008000u;  // of a word
+
+__device__ __forceinline__ Raw load(const void* x, int block) {
+  Raw raw;
+  const uint4* from = static_cast<const uint4*>(x) + block * (Raw::kWords / 4);
+#pragma unroll
+  for (int i = 0; i < Raw::kWords / 4; ++i) {
+    const uint4 part = from[i];
+    raw.word[4 * i] = part.x, raw.word[4 * i + 1] = part.y, raw.word[4 * i + 2] = part.z, raw.word[4 * i + 3] = part.w;
+  }
+  return raw;
+}
+
+__device__ __forceinline__ void store(void* x, int block, const Raw& raw) {
+  uint4* to = static_cast<uint4*>(x) + block * (Raw::kWords / 4);
+#pragma unroll
+  for (int i = 0; i < Raw::kWords / 4; ++i) {
+    to[i] = make_uint4(raw.word[4 * i], raw.word[4 * i + 1], raw.word[4 * i + 2], raw.word[4 * i + 3]);
+  }
+}
+
+__device__ __forceinline__ void unpack(const Raw& raw, float (&x)[kBlock]) {
+#pragma unroll
+  for (int i = 0; i < Raw::kWords; ++i) {
+    if constexpr (kDtype == Dtype::fp32) {
+      x[i] = bits<float>(raw.word[i]);
+    } else if constexpr (kDtype == Dtype::bf16) {
+      x[2 * i] = bits<float>(raw.word[i] << 16), x[2 * i + 1] = bits<float>(raw.word[i] & 0xFFFF0000u);
+    } else {
+      const float2 pair = __half22float2(pair_bits<__half2>(raw.word[i]));
+      x[2 * i] = pair.x, x[2 * i + 1] = pair.y;
+    }
+  }
+}
+
+// Rounded to the type, to nearest.
+__device__ __forceinline__ Raw pack(const float (&x)[kBlock]) {
+  Raw raw;
+#pragma unroll
+  for (int i = 0; i < Raw::kWords; ++i) {
+    if constexpr (kDtype == Dtype::fp32) {
+      raw.word[i] = bits<uint32_t>(x[i]);
+    } else if constexpr (kDtype == Dtype::bf16) {
+      raw.word[i] = pair_bits<uint32_t>(__floats2bfloat162_rn(x[2 * i], x[2 * i + 1]));
+    } else {
+      raw.word[i] = pair_bits<uint32_t>(__floats2half2_rn(x[2 * i], x[2 * i + 1]));
+    }
+  }
+  return raw;
+}
+
+// The block's values without their signs.
+__device__ __forceinline__ Raw magnitudes(Raw raw) {
+#pragma unroll
+  for (int i = 0; i < Raw::kWords; ++i) raw.word[i] &= ~kSigns;
+  return raw;
+}
+
+// Largest of magnitudes as the bits of a float, in whose order NaN comes above infinity.
+__device__ __forceinline__ uint32_t largest_bits(const Raw& raw) {
+  uint32_t found = 0;  // 16-bit floats without their sign are ordered as integers too, two at a time
+#pragma unroll
+  for (int i = 0; i < Raw::kWords; ++i) {
+    found = kDtype == Dtype::fp32 ? max(found, raw.word[i]) : __vmaxu2(found, raw.word[i]);
+  }
+  if constexpr (kDtype == Dtype::fp32) return found;
+  found = max(found >> 16, found & 0xFFFFu);
+  if constexpr (kDtype == Dtype::bf16) return found << 16;
+  return bits<uint32_t>(__half2float(__ushort_as_half(static_cast<unsigned short>(found))));
+}
+
+// The bytes with the signs of eight values from `first` on, in the bytes' top bits: even and odd columns.
+__device__ __forceinline__ void sign_bytes(const Raw& raw, int first, uint32_t& even, uint32_t& odd) {
+  if constexpr (kDtype == Dtype::fp32) {
+    const uint32_t* w = raw.word + first;
+    even = __byte_perm(__byte_perm(w[0], w[2], 0x0073), __byte_perm(w[4], w[6], 0x0073), 0x5410);
+    odd = __byte_perm(__byte_perm(w[1], w[3], 0x0073), __byte_perm(w[5], w[7], 0x0073), 0x5410);
+  } else {
+    const uint32_t* w = raw.word + first / 2;
+    const uint32_t low = __byte_perm(w[0], w[1], 0x7351), high = __byte_perm(w[2], w[3], 0x7351);
+    even = __byte_perm(low, high, 0x5410), odd = __byte_perm(low, high, 0x7632);
+  }
+}
+
+// What is quantized of a row: its values, or silu(gate) * up rounded to their type.
+template <bool gated>
+__device__ __forceinline__ Raw read(const void* row, int block, int blocks) {
+  if constexpr (!gated) return load(row, block);
+  float gate[kBlock], up[kBlock];
+  unpack(load(row, block), gate);
+  unpack(load(row, blocks + block), up);
+#pragma unroll
+  for (int i = 0; i < kBlock; ++i) gate[i] = silu_and_mul(gate[i], up[i]);
+  return pack(gate);
+}
+
+// --- the exact pieces, without the cases that the filter's range leaves out ---
+
+// v / 6, correctly rounded for normal v far from the ends of fp32: a product corrected by its exact remainder.
+__device__ __forceinline__ float sixth(float v) {
+  const float q = v * (1.0f / 6.0f);
+  return fmaf(fmaf(-6.0f, q, v), 1.0f / 6.0f, q);
+}
+
+// 1 / b, correctly rounded likewise: one Newton step from the hardware's approximation, as CUDA's own reciprocal, whose
+// checks of the range are left out (seen to agree for every mantissa in 140 binades on an H200). NaN for 0.
+__device__ __forceinline__ float reciprocal(float b) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(b));
+  return fmaf(y, fmaf(-b, y, 1.0f), y);
+}
+
+// What 1 is while e2m1 numbers are rounded and packed. As e5m2's smallest normal number, so that 0.5 is subnormal there
+// as it is in e2m1, one conversion packs two of them.
+#if defined(FOS_NATIVE_FP8) && !defined(FOS_NATIVE_E2M1)
+constexpr float kOne = 0x1p-14f;
+#else
+constexpr float kOne = 1.0f;
+#endif
+
+// The e2m1 numbers, times kOne, nearest to the magnitudes y0 and y1 times kOne, for y below 7.
+__device__ __forceinline__ void round_pair(float y0, float y1, float& r0, float& r1) {
+#if defined(FOS_NATIVE_E2M1)
+  const __nv_fp4x2_storage_t pair = __nv_cvt_float2_to_fp4x2(make_float2(y0, y1), __NV_E2M1, cudaRoundNearest);
+  const float2 r = __half22float2(__half2(__nv_cvt_fp4x2_to_halfraw2(pair, __NV_E2M1)));
+  r0 = r.x, r1 = r.y;
+#else
+  // As round_e2m1. e * 2^22 is exact, so that fusing it with the sum changes nothing.
+  const float e0 = bits<float>(bits<uint32_t>(fmaxf(y0, kOne)) & kExponent);
+  const float e1 = bits<float>(bits<uint32_t>(fmaxf(y1, kOne)) & kExponent);
+  r0 = fmaf(e0, -0x1p22f, fmaf(e0, 0x1p22f, y0));
+  r1 = fmaf(e1, -0x1p22f, fmaf(e1, 0x1p22f, y1));
+#endif
+}
+
+// A block scale: the E4M3 number and its byte.
+struct Scale {
+  float value;
+  uint32_t byte;
+};
+
+// The E4M3 numbers nearest to a and b >= 0, saturating.
+__device__ __forceinline__ void round_scales(float a, float b, Scale& rounded_a, Scale& rounded_b) {
+#if defined(FOS_NATIVE_FP8)
+  const __nv_fp8x2_storage_t pair = __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
+  const float2 rounded = __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3)));
+  rounded_a = {rounded.x, pair & 0xFFu}, rounded_b = {rounded.y, uint32_t(pair) >> 8};
+#else
+  rounded_a.value = round_e4m3(smaller(a, kE4m3Max)), rounded_b.value = round_e4m3(smaller(b, kE4m3Max));
+  rounded_a.byte = e4m3_byte(rounded_a.value), rounded_b.byte = e4m3_byte(rounded_b.value);
+#endif
+}
+
+// Codes of a block without their signs, from e2m1 magnitudes times kOne, eight at a time.
+struct Codes {
+#if defined(FOS_NATIVE_FP8) && !defined(FOS_NATIVE_E2M1)
+  uint32_t part[4];  // e5m2 bytes 0000ccc0, the code in bits 3..1: even columns, odd columns, and so again
+
+  __device__ __forceinline__ void set(int half, const float* r) {
+    part[2 * half] = four(r), part[2 * half + 1] = four(r + 1);
+  }
+
+  __device__ __forceinline__ uint32_t word(int half) const { return part[2 * half] >> 1 | part[2 * half + 1] << 3; }
+
+ private:
+  static __device__ __forceinline__ uint32_t four(const float* r) {
+    const __nv_fp8x2_storage_t low = __nv_cvt_float2_to_fp8x2(make_float2(r[0], r[2]), __NV_SATFINITE, __NV_E5M2);
+    const __nv_fp8x2_storage_t high = __nv_cvt_float2_to_fp8x2(make_float2(r[4], r[6]), __NV_SATFINITE, __NV_E5M2);
+    uint32_t both;  // a C++ expression of the same clears what the permutation does not read
+    asm("mov.b32 %0, {%1, %2};" : "=r"(both) : "h"(low), "h"(high));
+    return both;
+  }
+#else
+  uint32_t part[2];
+
+  __device__ __forceinline__ void set(int half, const float* r) {
+    part[half] = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+#if defined(FOS_NATIVE_E2M1)
+      const uint32_t byte = __nv_cvt_float2_to_fp4x2(make_float2(r[i], r[i + 1]), __NV_E2M1, cudaRoundNearest);
+#else
+      const uint32_t byte = e2m1_code(r[i]) | e2m1_code(r[i + 1]) << 4;
+#endif
+      part[half] |= byte << 4 * i;
+    }
+  }
+
+  __device__ __forceinline__ uint32_t word(int half) const { return part[half]; }
+#endif
+};
+
+// The same, kept as numbers.
+struct Numbers {
+  float part[kBlock];
+
+  __device__ __forceinline__ void set(int half, const float* r) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) part[8 * half + i] = r[i];
+  }
+};
+
+// One of two.
+template <class Rounded>
+__device__ __forceinline__ Rounded select(bool first, const Rounded& a, const Rounded& b) {
+  Rounded chosen;
+#pragma unroll
+  for (int i = 0; i < int(sizeof(a.part) / sizeof(a.part[0])); ++i) chosen.part[i] = first ? a.part[i] : b.part[i];
+  return chosen;
+}
+
+// --- the filter ---
+
+// How far apart two errors must be for the comparison to be the specification's: relative * (e4 + e6) + absolute * v^n.
+//
+// One term. With v the block's largest magnitude, v in 2^-50 .. 2^50, both candidates unclipped (y below 7): a decoded
+// value is at most 2 v, since nothing below 0.25 rounds up. The filter's (r * (sf * decode), fused with - x) and the
+// specification's (three roundings in the amax domain, two in the others) are each within 6 * 2^-24 * 2 v of the exact
+// one, and the subtraction rounds within 2^-24 v: |d' - d| <= delta = 2^-20 v. ("scaled" errors are those times the
+// encode scale: a common factor.)
+// Sums. mae: 16 delta, and 30 * 2^-24 e for both summations. abs_max: delta. mse: the squares differ by at most
+// delta (2 |d| + delta), in sum 8 delta sqrt(e) + 16 delta^2 <= 2^-15 e + (2^15 + 1) 16 delta^2, and by the roundings.
+// For two candidates, with a quarter or more to spare:
+template <Metric metric>
+struct Filter {
+  static constexpr float kRelative = metric == Metric::mse ? 0x1p-14f : (metric == Metric::mae ? 0x1p-18f : 0.0f);
+  static constexpr float kAbsolute =
+      metric == Metric::mse ? 1.25f * 0x1p-20f : (metric == Metric::mae ? 1.25f * 0x1p-15f : 1.25f * 0x1p-19f);
+
+  static __device__ __forceinline__ void add(float& error, float d) {
+    if constexpr (metric == Metric::mse) error = fmaf(d, d, error);
+    if constexpr (metric == Metric::mae) error += fabsf(d);
+    if constexpr (metric == Metric::abs_max) error = fmaxf(error, fabsf(d));
+  }
+
+  static __device__ __forceinline__ float margin(float error6, float error4, float v) {
+    return fmaf(kRelative, error6 + error4, (metric == Metric::mse ? v * v : v) * kAbsolute);
+  }
+};
+
+constexpr float kSmallest = 0x1p-50f, kLargest = 0x1p50f;
+
+// What a row's blocks share.
+struct Row {
+  float amax, encode, decode;  // GlobalScales
+  float unit;     // decode / kOne, or 0 for an amax of 0: then the errors tie, and the specification decides
+  float largest;  // kLargest, or 0 for a row without a finite amax: none of its blocks is in the filter's range
+};
+
+__device__ __forceinline__ Row row_of(const GlobalScales& global) {
+  return {global.amax, global.encode, global.decode, global.amax == 0.0f ? 0.0f : global.decode * (1.0f / kOne),
+          global.finite ? kLargest : 0.0f};
+}
+
+// A quantized block. What is to be written of its numbers decides how they are kept: few registers, many warps.
+template <class Rounded>
+struct Chosen {
+  Rounded rounded;
+  Scale scale;
+};
+
+// A block in the filter's range, or one that becomes zeros (then without the signs in `raw`); false where only the
+// specification can tell.
+template <Metric metric, bool adaptive, class Rounded>
+__device__ __forceinline__ bool choose(const Row& row, Raw& raw, Chosen<Rounded>& out) {
+  const Raw unsigned_raw = magnitudes(raw);
+  const float v = bits<float>(largest_bits(unsigned_raw));
+  if (v >= kSmallest && v <= row.largest) {
+    float a[kBlock];
+    unpack(unsigned_raw, a);
+    if constexpr (adaptive) {
+      const float b = sixth(v) * row.encode;
+      Scale scale6, scale4;
+      round_scales(b, b * 1.5f, scale6, scale4);
+      // As magnitudes of kOne: a power of two, which moves no rounding here.
+      const float inverse6 = reciprocal(scale6.value * row.decode) * kOne;
+      const float inverse4 = reciprocal(scale4.value * row.decode) * kOne;
+      const float unit6 = scale6.value * row.unit, unit4 = scale4.value * row.unit;
+      float error6 = 0.0f, error4 = 0.0f;
+      Rounded rounded6, rounded4;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float* x = a + 8 * half;
+        float r6[8], r4[8];
+#pragma unroll
+        for (int i = 0; i < 8; i += 2) {
+          round_pair(x[i] * inverse6, x[i + 1] * inverse6, r6[i], r6[i + 1]);
+          round_pair(x[i] * inverse4, x[i + 1] * inverse4, r4[i], r4[i + 1]);
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          Filter<metric>::add(error6, fmaf(r6[i], unit6, -x[i]));
+          Filter<metric>::add(error4, fmaf(r4[i], unit4, -x[i]));
+        }
+        rounded6.set(half, r6);
+        rounded4.set(half, r4);
+      }
+      const bool four = error4 < error6;
+      out.scale.value = four ? scale4.value : scale6.value;
+      out.scale.byte = four ? scale4.byte : scale6.byte;
+      out.rounded = select(four, rounded4, rounded6);
+      // Candidate 4 clips only where 6 does; a block scale of 0 makes the product infinite, or NaN. Where both scales
+      // saturate, the candidates are one.
+      return v * inverse6 < 7.0f * kOne && (fabsf(error4 - error6) > Filter<metric>::margin(error6, error4, v) ||
+                                            scale4.value == scale6.value);
+    } else {
+      Scale unused;
+      const float b = unrounded_scale<false>(v, row.encode);
+      round_scales(b, b, out.scale, unused);
+      const float inverse = reciprocal(out.scale.value * row.decode) * kOne;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float r[8];
+#pragma unroll
+        for (int i = 0; i < 8; i += 2) {
+          round_pair(a[8 * half + i] * inverse, a[8 * half + i + 1] * inverse, r[i], r[i + 1]);
+        }
+        out.rounded.set(half, r);
+      }
+      return v * inverse < 7.0f * kOne;
+    }
+  }
+  // A block of zeros, and every block of a row without a finite amax.
+  if (v != 0.0f && row.largest != 0.0f) return false;
+  out = {};
+#pragma unroll
+  for (int i = 0; i < Raw::kWords; ++i) raw.word[i] = 0;
+  return true;
+}
+
+// One value of what is quantized.
+template <bool gated>
+__device__ __forceinline__ float read_one(const void* row, int index, int columns) {
+  const auto at = [&](int i) {
+    if constexpr (kDtype == Dtype::fp32) return static_cast<const float*>(row)[i];
+    const uint16_t h = static_cast<const uint16_t*>(row)[i];
+    return kDtype == Dtype::bf16 ? bf16_value(h) : fp16_value(h);
+  };
+  if constexpr (!gated) return at(index);
+  const float value = silu_and_mul(at(index), at(columns + index));
+  if constexpr (kDtype == Dtype::bf16) return bf16_value(bf16_bits(value));
+  return kDtype == Dtype::fp16 ? fp16_value(fp16_bits(value)) : value;
+}
+
+// Where the row's input begins.
+template <bool gated>
+__device__ __forceinline__ const void* input_row(const Quantize& q, int64_t row) {
+  return static_cast<const char*>(q.x) + row * q.columns * ((gated ? 2 : 1) * (kDtype == Dtype::fp32 ? 4 : 2));
+}
+
+// Largest magnitude, as bits, of the blocks of a row that this thread takes. With a stash, what was read is kept there.
+// --- writing ---
+
+// e2m1 * block_scale, exact in every type.
+__device__ __forceinline__ Raw values_of(const Chosen<Numbers>& chosen, const Raw& raw) {
+  float value[kBlock];
+  const float scale = chosen.scale.value * (1.0f / kOne);
+#pragma unroll
+  for (int i = 0; i < kBlock; ++i) value[i] = chosen.rounded.part[i] * scale;
+  Raw out = pack(value);
+#pragma unroll
+  for (int i = 0; i < Raw::kWords; ++i) out.word[i] |= raw.word[i] & kSigns;
+  return out;
+}
+
+__device__ __forceinline__ uint2 codes_of(const Chosen<Codes>& chosen, const Raw& raw) {
+  uint32_t word[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    uint32_t even, odd;
+    sign_bytes(raw, 8 * i, even, odd);
+    word[i] = chosen.rounded.word(i) | (even >> 4 & 0x08080808u) | (odd & 0x80808080u);
+  }
+  return make_uint2(word[0], word[1]);
+}
+
+// Where a row's results go.
+struct Target {
+  uint2* packed;       // a block each
+  uint8_t* scales;     // in every layout four lie together, and the next four at a fixed distance; null: nowhere
+  int scale_stride;    // that distance
+  Raw* values;         // a block each
+};
+
+// From the scales of four blocks to those of the next four.
+int scale_stride(const Quantize& q) { return 4 * static_cast<int>(tile_rows(q.layout)); }
+
+__device__ __forceinline__ Target target_of(const Quantize& q, int64_t row, int64_t scale_row, int blocks,
+                                            int scale_stride) {
+  Target to = {reinterpret_cast<uint2*>(q.packed) + row * blocks, nullptr, scale_stride,
+               static_cast<Raw*>(q.values) + row * blocks};
+  if (scale_row >= 0) {
+    to.scales = q.block_scale + scale_offset(q.layout, scale_row, 0, padded_scale_columns(q.layout, blocks));
+  }
+  return to;
+}
+
+__device__ __forceinline__ void write_scale(const Target& to, int block, uint32_t byte) {
+  if (to.scales != nullptr) to.scales[(block >> 2) * to.scale_stride + (block & 3)] = static_cast<uint8_t>(byte);
+}
+
+__device__ __forceinline__ void write(const Target& to, int block, const Chosen<Codes>& chosen, const Raw& raw) {
+  to.packed[block] = codes_of(chosen, raw);
+  write_scale(to, block, chosen.scale.byte);
+}
+
+__device__ __forceinline__ void write(const Target& to, int block, const Chosen<Numbers>& chosen, const Raw& raw) {
+  store(to.values, block, values_of(chosen, raw));
+}
+
+// A block that the filter leaves open, by the specification: the whole warp, a lane for each value and candidate, and
+// written by it. Together because such a block is rare: alone, one lane would keep 31 waiting for ten times as long.
+template <Metric metric, bool adaptive, bool gated, bool as_values>
+__device__ __forceinline__ void settle(const Quantize& q, const Row& row, const void* x, const Raw* stash, int block,
+                                       const Target& to) {
+  const int lane = threadIdx.x % kWarp, i = lane % kBlock, at = block * kBlock + i;
+  const float value = gated && stash != nullptr ? read_one<false>(stash, at, 0)
+                                                : read_one<gated>(x, at, static_cast<int>(q.columns));
+  const float a = magnitude(value);
+  const float v = bits<float>(__reduce_max_sync(~0u, bits<uint32_t>(a)));
+  const float b = unrounded_scale<adaptive>(v, row.encode);
+  const bool four = adaptive && lane >= kBlock;
+  float sf = block_scale(four ? b * 1.5f : b);
+  float r = round_e2m1(a * inverse_scale(sf, row.decode));
+  if constexpr (adaptive) {
+    const float term = error_term<metric>(q.recipe.domain, q.recipe.encoded_amax, r, sf, a, row.amax, row.encode,
+                                          row.decode);
+    float error = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kBlock; ++j) error = add_error<metric>(error, __shfl_sync(~0u, term, (four ? kBlock : 0) + j));
+    const bool four_wins = __shfl_sync(~0u, error, kBlock) < __shfl_sync(~0u, error, 0);
+    r = __shfl_sync(~0u, r, (four_wins ? kBlock : 0) + i);
+    sf = __shfl_sync(~0u, sf, four_wins ? kBlock : 0);
+  }
+  const bool whole = is_finite(v);
+  if constexpr (as_values) {
+    const float product = bits<float>(bits<uint32_t>(r * sf) | (bits<uint32_t>(value) & kSign));
+    const float result = whole ? product : bits<float>(0x7FC00000u);
+    if (lane >= kBlock) return;
+    if constexpr (kDtype == Dtype::fp32) {
+      reinterpret_cast<float*>(to.values)[at] = result;
+    } else {
+      reinterpret_cast<uint16_t*>(to.values)[at] = kDtype == Dtype::bf16 ? bf16_bits(result) : fp16_bits(result);
+    }
+  } else {
+    const uint32_t code = whole ? (e2m1_code(r) | bits<uint32_t>(value) >> 31 << 3) << 4 * (i % 8) : 0u;
+    const uint32_t low = __reduce_or_sync(~0u, i < 8 ? code : 0u), high = __reduce_or_sync(~0u, i < 8 ? 0u : code);
+    if (lane != 0) return;
+    to.packed[block] = make_uint2(low, high);
+    write_scale(to, block, whole ? e4m3_byte(sf) : kE4m3Nan);
+  }
+}
+
+// How rows are spread over threads.
+
+}  // namespace
+}  // namespace fos::cuda
