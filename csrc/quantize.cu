@@ -246,7 +246,6 @@ Shape shape_of(const Quantize& q) {
   return shape;
 }
 
-
 }  // namespace
 
 cudaError_t FOS_ENTRY(quantize)(const Quantize& q, float* workspace, cudaStream_t stream) {
