@@ -109,6 +109,14 @@ def check(kernels: Implementation, x: Tensor, recipe: Recipe, granularity: Any, 
         assert_same(kernels.quantize_values(x, recipe, amax), reference.quantize_values(x, recipe, amax))
 
 
+def check_golden(kernels: Implementation, case: dict[str, Any], golden: Mapping[str, Tensor]) -> None:
+    recipe = Recipe(case["metric"], case["scale_max"], case["adaptive"], case["error"])
+    packed, scale, decode = kernels.quantize(golden[case["input"]], recipe, case["scope"])
+    assert_same_tensor("packed", packed, golden[f"{case['case']}/packed"])
+    assert_same_tensor("block_scale", scale, golden[f"{case['case']}/block_scale"].view(torch.uint8))
+    assert_same_tensor("decode_scale", decode, golden[f"{case['case']}/decode_scale"].reshape(decode.shape))
+
+
 def hard_rows(dtype: torch.dtype) -> Tensor:
     """Zeros, negative zeros, ties, values beside everything that is rounded, and magnitudes across the whole range."""
     x = mixed_magnitudes(40, 128, seed=1)
@@ -309,12 +317,7 @@ def test_every_byte_is_dequantized_otherwise(kernels: Implementation) -> None:
 def test_bytes_of_the_public_references(
     case: dict[str, Any], golden: Mapping[str, Tensor], kernels: Implementation
 ) -> None:
-    recipe = Recipe(case["metric"], case["scale_max"], case["adaptive"], case["error"])
-    packed, scale, decode = kernels.quantize(golden[case["input"]], recipe, case["scope"])
-    name = case["case"]
-    assert_same_tensor("packed", packed, golden[f"{name}/packed"])
-    assert_same_tensor("block_scale", scale, golden[f"{name}/block_scale"].view(torch.uint8))
-    assert_same_tensor("decode_scale", decode, golden[f"{name}/decode_scale"].reshape(decode.shape))
+    check_golden(kernels, case, golden)
 
 
 @pytest.mark.parametrize(

@@ -6,18 +6,16 @@ compiler makes of it. The compiler is watched by :func:`test_machine_code_...`, 
 """
 
 import math
-import pickle
 import re
 import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import triton as triton_compiler
-from conftest import DTYPES, assert_same_tensor, golden_cases, mixed_magnitudes
+from conftest import DTYPES, golden_cases, mixed_magnitudes
 from test_kernels import (
     LAYOUTS,
     SOME,
@@ -27,6 +25,7 @@ from test_kernels import (
     by_recipe,
     by_some,
     check,
+    check_golden,
     hard_rows,
     implementation,
     no_cuda,
@@ -34,6 +33,7 @@ from test_kernels import (
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton_interpreter import INTERPRETED_OR_CUDA, interpreted
 
 from fouroversix_plugin import kernels as kernel_package
 from fouroversix_plugin import reference
@@ -41,53 +41,11 @@ from fouroversix_plugin.kernels import build, cuda, native, reference_operators,
 from fouroversix_plugin.recipe import Recipe
 
 
-class Interpreted:
-    """The backend's functions in the worker process."""
-
-    def __init__(self) -> None:
-        worker = [sys.executable, str(Path(__file__).with_name("triton_worker.py"))]
-        self._process = subprocess.Popen(worker, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-
-    def quantize(self, *arguments: object) -> Any:
-        return self.call("quantize", arguments)
-
-    def quantize_values(self, *arguments: object) -> Any:
-        return self.call("quantize_values", arguments)
-
-    def dequantize(self, *arguments: object) -> Any:
-        return self.call("dequantize", arguments)
-
-    def call(self, name: str, arguments: tuple[object, ...]) -> Any:
-        questions, answers = self._process.stdin, self._process.stdout
-        assert questions is not None
-        assert answers is not None
-        pickle.dump((name, arguments), questions)
-        questions.flush()
-        result, raised = pickle.load(answers)
-        assert raised is None, raised
-        return result
-
-    def close(self) -> None:
-        self._process.communicate(timeout=20)  # the end of its input ends it
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> Iterator[Interpreted]:
-    worker = Interpreted()
-    yield worker
-    worker.close()
-
-
-@pytest.fixture(
-    params=[
-        pytest.param("interpreted", id="interpreted"),
-        pytest.param("cuda", id="cuda", marks=[pytest.mark.gpu, no_cuda]),
-    ]
-)
+@pytest.fixture(params=INTERPRETED_OR_CUDA)
 def kernels(request: pytest.FixtureRequest) -> Implementation:
     if request.param == "cuda":
         return implementation("triton")
-    return Implementation(request.getfixturevalue("interpreted"), "cpu")
+    return Implementation(interpreted(), "cpu")
 
 
 # --- bytes ---
@@ -178,12 +136,7 @@ def test_errors_are_added_in_another_order(kernels: Implementation, metric: Any)
 def test_bytes_of_the_public_references(
     case: dict[str, Any], golden: Mapping[str, Tensor], kernels: Implementation
 ) -> None:
-    recipe = Recipe(case["metric"], case["scale_max"], case["adaptive"], case["error"])
-    packed, scale, decode = kernels.quantize(golden[case["input"]], recipe, case["scope"])
-    name = case["case"]
-    assert_same_tensor("packed", packed, golden[f"{name}/packed"])
-    assert_same_tensor("block_scale", scale, golden[f"{name}/block_scale"].view(torch.uint8))
-    assert_same_tensor("decode_scale", decode, golden[f"{name}/decode_scale"].reshape(decode.shape))
+    check_golden(kernels, case, golden)
 
 
 # --- shapes, layouts, experts ---

@@ -6,7 +6,6 @@ PTX is held to the format by an interpreter of its own (:func:`test_assembly_mak
 
 import itertools
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ import pytest
 import torch
 from conftest import DTYPES, assert_close, assert_same_tensor
 from test_kernels import no_cuda
-from test_triton import Interpreted, disassembled, machine_code
+from test_triton import disassembled, machine_code
 from torch import Tensor
+from triton_interpreter import INTERPRETED_OR_CUDA, Interpreted, interpreted
 
 import fouroversix_plugin as fos
 from fouroversix_plugin import reference
@@ -27,8 +27,8 @@ from fouroversix_plugin.recipe import Recipe
 class Products:
     """linear and moe on CPU tensors and weights as stored, by the interpreter's process or on the GPU."""
 
-    def __init__(self, interpreted: Interpreted | None) -> None:
-        self._interpreted = interpreted
+    def __init__(self, worker: Interpreted | None) -> None:
+        self._worker = worker
 
     def linear(
         self,
@@ -45,29 +45,17 @@ class Products:
         return self._call("moe", x, *prepared(w13), scales[0], *prepared(w2), scales[1], *rest)
 
     def _call(self, name: str, *arguments: Any) -> Tensor:
-        if self._interpreted is not None:
-            result: Tensor = self._interpreted.call(name, arguments)
+        if self._worker is not None:
+            result: Tensor = self._worker.call(name, arguments)
             return result
         on_gpu = (a.cuda() if isinstance(a, Tensor) else a for a in arguments)
         on_cpu: Tensor = getattr(triton_gemm, name)(*on_gpu).cpu()
         return on_cpu
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> Iterator[Interpreted]:
-    worker = Interpreted()
-    yield worker
-    worker.close()
-
-
-@pytest.fixture(
-    params=[
-        pytest.param("interpreted", id="interpreted"),
-        pytest.param("cuda", id="cuda", marks=[pytest.mark.gpu, no_cuda]),
-    ]
-)
+@pytest.fixture(params=INTERPRETED_OR_CUDA)
 def products(request: pytest.FixtureRequest) -> Products:
-    return Products(request.getfixturevalue("interpreted") if request.param == "interpreted" else None)
+    return Products(interpreted() if request.param == "interpreted" else None)
 
 
 def prepared(w: NVFP4Tensor) -> tuple[Tensor, Tensor]:
