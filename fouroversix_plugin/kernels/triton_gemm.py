@@ -273,7 +273,7 @@ def linear(
             **_options(launch, x),
         )
     if split:
-        _add_splits(sums, *scales, out)
+        _add_splits(sums, *scales, out, own=True)
     return out
 
 
@@ -283,7 +283,7 @@ def scale_sums(
     """(sums * token_scale) * decode_scale + bias in fp32, rounded once to ``dtype``: what :func:`linear` ends with.
 
     Args:
-        sums: fp32 [M, N], of anyone's product.
+        sums: fp32 [M, N], of e2m1 * block_scale, by whatever product.
         decode_scale: fp32 [N].
         token_scale: fp32 [M].
         bias: [N], or None.
@@ -300,14 +300,20 @@ def scale_sums(
     bias = _checked_bias(bias, rows, sums)
     out = sums.new_empty(tokens, rows, dtype=dtype)
     if out.numel():
-        _add_splits(sums.contiguous().unsqueeze(0), decode_scale.contiguous(), token_scale.contiguous(), bias, out)
+        scales = decode_scale.contiguous(), token_scale.contiguous()
+        _add_splits(sums.contiguous().unsqueeze(0), *scales, bias, out, own=False)
     return out
 
 
 def _add_splits(
-    sums: Tensor, decode_scale: Tensor, token_scale: Tensor | None, bias: Tensor | None, out: Tensor
+    sums: Tensor,
+    decode_scale: Tensor,
+    token_scale: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    own: bool,
 ) -> None:
-    """Write ``out`` [M, N] from the sums [S, M, N] of S splits, the first one first."""
+    """Write ``out`` [M, N] from the sums [S, M, N] of S splits, the first one first; ``own``: of our kernels."""
     splits, tokens, rows = sums.shape
     with triton.device_of(out):
         _kernels().add_splits[(-(-rows // 256), -(-tokens // 4))](
@@ -321,6 +327,7 @@ def _add_splits(
             splits,
             ROWS=256,
             TOKENS=4,
+            OWN=own,
             num_warps=4,
             enable_fp_fusion=False,
         )
