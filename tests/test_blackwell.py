@@ -1,7 +1,7 @@
 """W4A4 on Blackwell, without one: torch's own checks of the GEMM's arguments, and the specification in its place.
 
 What stands in for ``torch._scaled_mm`` reads its operands as cuBLASLt documents them: e2m1 codes, block scales in tiles
-of 128x4, fp32 sums.
+of 128x4, fp32 sums. Tests at the end of the file run on such a GPU.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import DTYPES, assert_same_bytes, assert_same_tensor, golden_cases
+from products import assert_rounded_once, assert_within, expected_linear, random_weight, random_x
 from test_nvfp4 import slowly_laid_out
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -391,3 +392,64 @@ def test_a_layer_is_prepared_for_another_scheme(monkeypatch: pytest.MonkeyPatch)
         neutral.prepare_experts("layer", *experts, scheme, neutral.LoadReport(), BF16)
         assert seen == [(False, scheme.name), (True, scheme.name), (False, scheme.name)]
         seen.clear()
+
+
+def test_compilers_change_a_bit_or_break_the_graph() -> None:
+    g = torch.Generator().manual_seed(12)
+    q, x, bias = merged(48, 64, g), torch.randn(2, 3, 64, generator=g).bfloat16(), torch.randn(48, generator=g)
+    w = for_fp4_units(q)
+
+    def run(x: Tensor, weight: Tensor, block_scale: Tensor, decode_scale: Tensor) -> Tensor:
+        return neutral.apply_linear(x, ops.PreparedWeight(weight, block_scale, decode_scale), Recipe(), bias, None)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    y = compiled(x, w.weight, w.block_scale, w.decode_scale)
+    assert_same_tensor("y", y.flatten(0, 1), reference.linear(x.flatten(0, 1), q, Recipe(), bias))
+
+
+# --- on such a GPU ---
+
+
+def on_blackwell(test: Callable[..., None]) -> Callable[..., None]:
+    there = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in (10, 12)
+    return pytest.mark.gpu(pytest.mark.skipif(not there, reason="no GPU of Blackwell on this machine")(test))
+
+
+@on_blackwell
+def test_the_gemm_of_this_gpu_is_wrong() -> None:
+    assert blackwell.reason(torch.device("cuda"), 16, 32) is None
+
+
+@on_blackwell
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [0, 1, 7, 64, 129, 1000])
+@pytest.mark.parametrize(("rows", "columns"), [(16, 32), (144, 96), (576, 1536), (4096, 4096)])
+def test_a_product_is_off_by_more_than_its_sum(rows: int, columns: int, tokens: int, dtype: torch.dtype) -> None:
+    g = torch.Generator("cuda").manual_seed(rows + columns + tokens)
+    q, x = random_weight(rows, columns, g=g), random_x(tokens, columns, dtype, g)
+    bias = torch.randn(rows, generator=g, device="cuda").to(dtype)
+    w = ops.prepare_weight(q, dtype, scheme="W4A4")
+    assert w.is_for_fp4_units
+    y, expected = ops.linear(x, w, Recipe(), bias), expected_linear(x, q, Recipe(), bias)
+    assert_within("y", y, expected)
+    if y.numel() > 1000 and dtype != torch.float32:
+        assert_rounded_once("y", y, expected)
+
+
+@on_blackwell
+def test_a_call_waits_for_the_gpu_or_capture_changes_a_bit() -> None:
+    g = torch.Generator("cuda").manual_seed(13)
+    w = ops.prepare_weight(random_weight(576, 1536, g=g), BF16, scheme="W4A4")
+    x, other = (random_x(33, 1536, BF16, g) for _ in range(2))
+    ops.linear(x, w, Recipe(), None)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ops.linear(x, w, Recipe(), None)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.linear(x, w, Recipe(), None)
+    x.copy_(other)
+    graph.replay()
+    assert_same_tensor("y", captured, ops.linear(x, w, Recipe(), None))

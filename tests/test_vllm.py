@@ -292,6 +292,11 @@ BAD_OPTIONS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "unknown preset": ("bf16", options("mystery"), ("recipe: got 'mystery'", "'w4a16'")),
     "other weights than stored": ("w4a16", options("nvfp4"), ("weights were quantized with mse 256 amax",)),
     "random bytes for stored weights": ("w4a16", {"load_format": "dummy"}, ("got --load-format dummy",)),
+    "another backend for experts, which reads its recipe from the environment": (
+        "w4a16",
+        {"moe_backend": "flashinfer_trtllm"},
+        ("experts: nvfp4_4over6 does not do --moe-backend flashinfer_trtllm (needed auto",),
+    ),
     "part of a fused layer ignored": (
         "bf16",
         options("w4a16", ignore=["*.q_proj"]),
