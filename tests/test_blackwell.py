@@ -337,6 +337,8 @@ NO = "compute capability {}.{}, needed 10.x or 12.x"
         ((12, 0), (48, 80), "W4A4", None, "weight [48, 80], needed multiples of 16 and 32"),
         ((12, 0), (48, 64), "W4A4", "products wrong", "products wrong"),
         ((10, 0), (2, 48, 64), "W4A4", None, blackwell.NO_EXPERTS),
+        ((10, 0), (2, 48, 64), "W4A16", None, "activations are not quantized"),
+        ((8, 0), (2, 48, 64), "W4A4", None, NO.format(8, 0)),
     ],
 )
 def test_what_cannot_multiply_is_chosen_or_goes_unsaid(
@@ -417,7 +419,7 @@ def on_blackwell(test: Callable[..., None]) -> Callable[..., None]:
 
 @on_blackwell
 def test_the_gemm_of_this_gpu_is_wrong() -> None:
-    assert blackwell.reason(torch.device("cuda"), 16, 32) is None
+    assert blackwell.reason(torch.device("cuda"), "W4A4", (16, 32)) is None
 
 
 @on_blackwell

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -43,16 +44,25 @@ _ROWS: Final = 16
 _COLUMNS: Final = 32
 
 
-def reason(device: torch.device, rows: int, columns: int) -> str | None:
-    """Why a weight [rows, columns] cannot be multiplied here on ``device``, or None. Waits for the GPU, once a device.
+def reason(device: torch.device, scheme: str, shape: Sequence[int]) -> str | None:
+    """Why a weight cannot be multiplied here on ``device``, or None. Waits for the GPU, once a device.
 
-    torch takes N in multiples of 16 and packed rows in multiples of 16 bytes.
+    Args:
+        device: of the weight.
+        scheme: "W4A4", "W4A16", or "" for a weight that both multiply.
+        shape: [N, K], or [E, N, K] of experts. torch takes N in multiples of 16, and packed rows in multiples of 16
+            bytes.
     """
     if device.type != "cuda":
         return f"tensors are on {device.type}, not on a CUDA device"
     capability = torch.cuda.get_device_capability(device)
     if capability[0] not in _MAJORS:
         return f"compute capability {capability[0]}.{capability[1]}, needed 10.x or 12.x"
+    if scheme != "W4A4":
+        return "activations are not quantized" if scheme else "activations need not be quantized"
+    if len(shape) > 2:
+        return NO_EXPERTS
+    rows, columns = shape
     if rows % _ROWS or columns % _COLUMNS:
         return f"weight [{rows}, {columns}], needed multiples of {_ROWS} and {_COLUMNS}"
     return _fault(device)

@@ -86,7 +86,8 @@ def choose(packed: Tensor, dtype: torch.dtype, scheme: str) -> Products:
     """
     reasons: dict[Products, str | None] = {"hopper": _no_hopper(packed, dtype)}
     if reasons["hopper"] is not None:
-        reasons["blackwell"] = _no_blackwell(packed, scheme)
+        shape = *packed.shape[:-1], packed.shape[-1] * 2
+        reasons["blackwell"] = blackwell.reason(packed.device, scheme, shape)
         if reasons["blackwell"] is not None:
             reasons["triton"] = triton.reason()
     chosen: Products = next((name for name, reason in reasons.items() if reason is None), "torch")
@@ -97,14 +98,6 @@ def choose(packed: Tensor, dtype: torch.dtype, scheme: str) -> Products:
 
 def _no_hopper(packed: Tensor, dtype: torch.dtype) -> str | None:
     return hopper.reason(packed.device) if dtype in hopper.DTYPES else f"activations are {dtype}"
-
-
-def _no_blackwell(packed: Tensor, scheme: str) -> str | None:
-    if packed.ndim > 2:
-        return blackwell.NO_EXPERTS
-    if scheme != "W4A4":
-        return "activations are not quantized" if scheme else "activations need not be quantized"
-    return blackwell.reason(packed.device, packed.shape[0], packed.shape[1] * 2)
 
 
 @functools.cache
