@@ -2,6 +2,9 @@
 
 What the plugin uses of an engine stands in the table below. The table is checked against the plugin's own code first:
 a use that it does not name, and a row that nothing uses any more, are problems like a name that a release lacks.
+
+FlashInfer's kernels are left alone, for reasons that stand in a table too: a release without one of its rows is worth
+another look, and an import of FlashInfer in the plugin is a problem.
 """
 
 import argparse
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+WIDTH = 12  # of an engine's name in the report
 
 
 class Engine(NamedTuple):
@@ -37,6 +41,8 @@ class Engine(NamedTuple):
     not_theirs: tuple[str, ...]  # except these, which the plugin itself, torch or Python put there
     beside: tuple[str, ...] = ()  # files in which engines' directories share what they do with handed objects
     gates: tuple[tuple[str, str, str], ...] = ()  # module:name or module:class, first and last release with that row
+    distribution: str = ""  # where it is not called like the package
+    unused: bool = False  # nothing in `plugin` may import it
 
     def at(self, version: str) -> "Engine":
         """The table without the rows that the plugin does not use in this release."""
@@ -108,7 +114,7 @@ VLLM = Engine(
         f"{_LAYERS}.linear:LinearBase": ("params_dtype", "tp_size"),
         f"{_LAYERS}.linear:QKVParallelLinear": ("head_size", "total_num_heads", "total_num_kv_heads"),
         f"{_MOE}:FusedMoEMethodBase": ("moe",),
-        f"{_MOE}.config:FusedMoEConfig": ("has_bias", "moe_parallel_config"),
+        f"{_MOE}.config:FusedMoEConfig": ("has_bias", "moe_backend", "moe_parallel_config"),
         f"{_MOE}.config:FusedMoEParallelConfig": ("tp_size",),
         f"{_MOE}.routed_experts:RoutedExperts": (
             "activation",
@@ -319,7 +325,48 @@ SGLANG = Engine(
         (f"{_SRT}.moe.utils:resolve_moe_runner_backend", "0.5.19", ""),
     ),
 )
-ENGINES = {engine.name: engine for engine in (VLLM, SGLANG)}
+_CUTE_EXPERTS = "flashinfer.fused_moe.cute_dsl.fused_moe"
+_RECIPE = "flashinfer.quantization.nvfp4_quantization_utils"
+FLASHINFER = Engine(
+    name="flashinfer",
+    distribution="flashinfer-python",
+    versions=("0.7.1",),
+    plugin="fouroversix_plugin",
+    unused=True,
+    imports={
+        "flashinfer": ("mm_fp4(a, b, a_descale, b_descale, alpha, out_dtype)",),
+        # Of a layer of experts, the only ones that take a recipe; what computes them has one alpha for an expert.
+        "flashinfer.fused_moe.api": ("QuantConfig", "CuteDslConfig"),
+        _CUTE_EXPERTS: ("_intermediate_c_dtype(output_dtype)",),
+        _RECIPE: ("NVFP44Over6Config", "current_nvfp4_4over6_config()"),
+    },
+    handed={
+        "flashinfer.fused_moe.api:QuantConfig": ("nvfp4_4over6", "per_token_scale"),
+        "flashinfer.fused_moe.runners:MoERunner": ("supports_nvfp4_4over6",),
+        f"{_RECIPE}:NVFP44Over6Config": ("e4m3_max", "err_mode", "err_use_fast_math"),
+    },
+    overrides={},
+    callers={},
+    strings={
+        # The GEMM gives no fp32, and only one of its kernels has an alpha per token.
+        "flashinfer.gemm.gemm_base": (
+            ". Only torch.bfloat16 and torch.float16 are supported for FP4 GEMM operations.",
+            "per-token alpha is only implemented by the 'cute-dsl' backend (SM100/SM103), got backend=",
+        ),
+        # The second product's result.
+        _CUTE_EXPERTS: ("w1_alpha", "w2_alpha", "out_dtype", "bfloat16"),
+        # What everybody else reads.
+        _RECIPE: (
+            "FLASHINFER_NVFP4_4OVER6",
+            "FLASHINFER_NVFP4_4OVER6_E4M3_USE_256",
+            "FLASHINFER_NVFP4_4OVER6_ERR_MODE",
+            "FLASHINFER_NVFP4_4OVER6_ERR_USE_FAST_MATH",
+        ),
+    },
+    variables=(),
+    not_theirs=(),
+)
+ENGINES = {engine.name: engine for engine in (VLLM, SGLANG, FLASHINFER)}
 
 
 class Problem(NamedTuple):
@@ -679,6 +726,8 @@ def check_table(engine: Engine, plugin: Path, entry_points: Iterable[str] = ()) 
         else:
             continue
         imported |= {name: f"{file}:{node.lineno}" for name in names if name.split(".")[0] == engine.name}
+    if engine.unused:
+        return [Problem(name, where, "an import", "none") for name, where in imported.items()]
     rows = {f"{module}.{parse_row(row)[0]}" for module, names in engine.imports.items() for row in names}
     problems = [*_differences("import", imported, rows, set())]
 
@@ -763,20 +812,21 @@ class UnavailableError(Exception):
     """Why a release cannot be checked here."""
 
 
-def fetch(engine: str, version: str, cache: Path) -> Path:
+def fetch(engine: str, version: str, cache: Path, distribution: str = "") -> Path:
     """A zip file with the Python of a release. It is kept; the wheel, some hundred MB of libraries, is not."""
+    distribution = distribution or engine
     target = cache / "engines" / f"{engine}-{version}.zip"
     if target.is_file():
         return target
     wheels = cache / "wheels"
-    pattern = f"{engine}-{version}[-+]*.whl"
+    pattern = f"{distribution.replace('-', '_')}-{version}[-+]*.whl"
     if not any(wheels.glob(pattern)):
         print(f"check_engines: downloading {engine} {version}", file=sys.stderr)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         # The wheel is only read, so it need not be one for this machine.
         command += ["--python-version", "3.12"]
         command += ["--platform", "manylinux_2_28_x86_64", "--platform", "manylinux_2_34_x86_64"]
-        command += ["--dest", str(wheels), f"{engine}=={version}"]
+        command += ["--dest", str(wheels), f"{distribution}=={version}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             said = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
@@ -812,9 +862,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         checked = 0
         for version in options.version or engine.versions:
             try:
-                path = fetch(engine.name, version, ROOT / ".cache")
+                path = fetch(engine.name, version, ROOT / ".cache", engine.distribution)
             except UnavailableError as error:
-                print(f"{engine.name:8}{version:10}skipped: {error}", flush=True)
+                print(f"{engine.name:{WIDTH}}{version:10}skipped: {error}", flush=True)
                 continue
             checked += 1
             failed |= _report(engine.name, version, check(engine.at(version), Sources(path)))
@@ -825,7 +875,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _report(engine: str, version: str, problems: Sequence[Problem]) -> bool:
     count = f"{len(problems)} problem{'s' * (len(problems) > 1)}" if problems else "ok"
-    print(f"{engine:8}{version:10}{count}", *(f"  {problem}" for problem in problems), sep="\n", flush=True)
+    print(f"{engine:{WIDTH}}{version:10}{count}", *(f"  {problem}" for problem in problems), sep="\n", flush=True)
     return bool(problems)
 
 

@@ -28,6 +28,7 @@ from fouroversix_plugin.kernels import build
 NATIVE = {
     (9, 0): ("F2FP.SATFINITE.E5M2.F32", "F2FP.SATFINITE.E4M3.F32"),
     (10, 0): ("F2FP.SATFINITE.E2M1.F32", "F2FP.F16.E2M1.UNPACK", "F2FP.SATFINITE.E4M3.F32"),
+    (12, 0): ("F2FP.SATFINITE.E2M1.F32", "F2FP.F16.E2M1.UNPACK", "F2FP.SATFINITE.E4M3.F32"),
 }
 """Conversions that quantize.cu must have, by compute capability."""
 

@@ -268,6 +268,29 @@ def test_wheels_become_small_archives(tmp_path: Path, monkeypatch: pytest.Monkey
     assert script.fetch("eng", "1.0", tmp_path) == path, "the second time nothing is downloaded"
 
 
+def test_a_package_is_sought_under_its_distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pip(command: list[str], **_: Any) -> Any:
+        assert command[-1] == "eng-python==1.0"
+        target = Path(command[command.index("--dest") + 1])
+        target.mkdir(parents=True)
+        with zipfile.ZipFile(target / "eng_python-1.0-py3-none-any.whl", "w") as archive:
+            archive.writestr("eng/a.py", "x = 1")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(script.subprocess, "run", pip)
+    path = script.fetch("eng", "1.0", tmp_path, "eng-python")
+    assert (path.name, zipfile.ZipFile(path).namelist()) == ("eng-1.0.zip", ["eng/a.py"])
+
+
+def test_what_is_left_alone_is_imported(tmp_path: Path) -> None:
+    left_alone = EMPTY._replace(unused=True, strings={"eng.a": ("a reason",)}, imports={"eng.a": ("f(x)",)})
+    (tmp_path / "a.py").write_text("import torch\nimport engine")
+    assert script.check_table(left_alone, tmp_path) == []
+    (tmp_path / "a.py").write_text("def f():\n    from eng.a import f")
+    (problem,) = script.check_table(left_alone, tmp_path)
+    assert str(problem) == "eng.a.f (a.py:2): got an import; needed none"
+
+
 def test_a_broken_wheel_is_not_kept(tmp_path: Path) -> None:
     (tmp_path / "wheels").mkdir()
     (tmp_path / "wheels" / "eng-1.0-py3-none-any.whl").write_text("half")
@@ -292,7 +315,7 @@ def test_report(
     monkeypatch.setattr(script, "ENGINES", {"eng": EMPTY._replace(**imports("f"))})
     monkeypatch.setattr(script.subprocess, "run", _pip(0, {"eng/__init__.py": "", "eng/a.py": text}))
     assert script.main([]) == status
-    assert capsys.readouterr().out.splitlines()[:2] == ["eng     table     ok", f"eng     1.0       {result}"]
+    assert capsys.readouterr().out.splitlines()[:2] == ["eng         table     ok", f"eng         1.0       {result}"]
 
 
 def test_releases_that_cannot_be_had_are_no_failure(
@@ -304,8 +327,8 @@ def test_releases_that_cannot_be_had_are_no_failure(
     monkeypatch.setattr(script.subprocess, "run", _pip(1))
     assert script.main(["--engine", "eng", "--version", "1.0", "--version", "2.0"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "eng     table     ok",
-        "eng     1.0       skipped: pip: No matching distribution",
-        "eng     2.0       skipped: pip: No matching distribution",
+        "eng         table     ok",
+        "eng         1.0       skipped: pip: No matching distribution",
+        "eng         2.0       skipped: pip: No matching distribution",
         "No release of eng could be had: only the table was checked, against the plugin.",
     ]

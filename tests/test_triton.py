@@ -228,7 +228,7 @@ def test_strides_change_something(kernels: Implementation, view: Callable[[Tenso
 
 
 INTEGERS = {"rows", "columns", "experts", "candidates"}
-INTEGERS |= {"tokens", "words", "words_of_split", "strips", "slots_of_row"}
+INTEGERS |= {"tokens", "words", "words_of_split", "strips", "slots_of_row", "splits"}
 
 
 def machine_code(kernel: Any, capability: int, options: Mapping[str, Any] | None = None, **given: Any) -> Any:

@@ -442,6 +442,32 @@ def test_experts_take_what_does_not_fit() -> None:
             triton_gemm.moe(x, *parts, some_weights, some_ids, None, activation, False)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias_dtype", [None, *DTYPES], ids=str)
+def test_sums_of_another_product_are_scaled_otherwise(
+    products: Products, bias_dtype: torch.dtype | None, dtype: torch.dtype
+) -> None:
+    sums, decode_scale, token_scale = randn(5, 300, seed=44), randn(300, seed=45), randn(5, seed=46)
+    bias = None if bias_dtype is None else randn(300, seed=47).to(bias_dtype)
+    expected = (sums * token_scale[:, None]) * decode_scale
+    expected = (expected if bias is None else expected + bias.float()).to(dtype)
+    y = products._call("scale_sums", sums, decode_scale, token_scale, bias, dtype)
+    assert_same_tensor("y", y, expected)
+
+
+def test_sums_that_do_not_fit_are_scaled() -> None:
+    good = torch.ones(3, 16), torch.ones(16), torch.ones(3), None, torch.float32
+    for place, other, message in (
+        (0, torch.ones(3, 16).bfloat16(), "sums: got"),
+        (1, torch.ones(3), "decode_scale: got"),
+        (2, torch.ones(16), "token_scale: got"),
+        (3, torch.ones(3), "bias: got"),
+        (4, torch.float64, "dtype: got"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            triton_gemm.scale_sums(*good[:place], other, *good[place + 1 :])  # type: ignore[arg-type]
+
+
 # --- what the compiler makes of it ---
 
 LINEAR = {"weight": "*i32", "block_scale": "*i32", "decode_scale": "*fp32", "token_scale": "*fp32"}
@@ -458,7 +484,12 @@ def compiled(
 ) -> tuple[dict[str, int], str]:
     """What :func:`disassembled` says of a product; ``activation`` is None for linear and "" for the second product."""
     kernel = triton_gemm_kernels.multiply if activation is None else triton_gemm_kernels.multiply_experts
-    arguments: dict[str, Any] = {**LINEAR, "ROWS": launch.rows, "TOKENS": launch.tokens, "CHAINED": capability < 90}
+    arguments: dict[str, Any] = {
+        **LINEAR,
+        "ROWS": launch.rows,
+        "TOKENS": launch.tokens,
+        "CHAINED": capability // 10 not in (9, 10),
+    }
     if activation is not None:
         arguments |= EXPERTS | {"ACTIVATION": activation, "TOGETHER": dtype != FP32}
     arguments["out"] = "*fp32" if activation == "" else "*i16"
@@ -501,6 +532,30 @@ def test_machine_code_spills_unpacks_twice_or_moves_weights_between_threads(
     assert not any(re.search(r"\b(?:STS|SHFL)\b", line) for line in loop)
     weights = launch.rows * 128 * (2 if activation else 1) / (32 * launch.warps)
     assert len(loop) / weights <= most
+
+
+@pytest.mark.parametrize("capability", [100, 120])
+def test_machine_code_for_blackwell_spills_or_multiplies_without_matrix_units(
+    capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    for activation, launch, stages in (
+        (None, triton_gemm.choose(16, 4096, 4096, BF16), 5),
+        (None, triton_gemm.choose(4096, 4096, 4096, BF16), 3),
+        ("silu", triton_gemm.choose_for_experts(64, 1, BF16, capability == 100).for_two_weights(), 3),
+        ("", triton_gemm.choose_for_experts(128, 1, BF16, capability == 100), 3),
+    ):
+        used, code = compiled(capability, activation, BF16, launch, stages, tmp_path)
+        assert used["LOCAL"] == 0
+        assert used["STACK"] <= 32
+        assert ("UTCHMMA" if capability == 100 else "HMMA") in code
+    scaled = {"sums": "*fp32", "decode_scale": "*fp32", "token_scale": "*fp32", "bias": "*i16", "out": "*i16"}
+    options = {"num_warps": 4, "enable_fp_fusion": False}
+    sizes = {"ROWS": 256, "TOKENS": 4, "OWN": False}
+    kernel = machine_code(triton_gemm_kernels.add_splits, capability, options, **scaled, **sizes)
+    used, code = disassembled(kernel, tmp_path)
+    assert used == {"STACK": 0, "LOCAL": 0}
+    assert "FFMA" not in code, "a product and the bias are rounded once instead of twice"
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])

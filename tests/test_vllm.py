@@ -183,6 +183,43 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def fp4_units(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The W4A4 model with linear weights prepared as for Blackwell, whose products the specification computes."""
+    job = {"model": str(small / "bf16"), "options": {"quantization": "nvfp4_4over6"}, "fp4_units": True}
+    compiled = {**job["options"], "enforce_eager": False}
+    jobs = {
+        "eager": {**job, "capture": list(PARTS)},
+        "compiled": {**job, "options": compiled},
+        "compiled, as on a CPU": {**job, "options": compiled, "fp4_units": False},
+    }
+    folder = tmp_path_factory.mktemp("fp4")
+    return {"folder": folder, **run_engine(folder, jobs, SMALL_PROMPTS)}
+
+
+PARTS = {
+    "model.layers.1.self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "model.layers.1.self_attn.o_proj": ("o_proj",),
+}
+
+
+@pytest.mark.parametrize("layer", PARTS)
+def test_weights_for_fp4_units_are_served_otherwise(small: Path, fp4_units: dict[str, Any], layer: str) -> None:
+    flat(fp4_units["eager"])
+    captured = load_file(fp4_units["folder"] / "eager.safetensors")
+    tensors = load_file(small / "bf16" / "model.safetensors")
+    parent = layer.rpartition(".")[0]
+    w = fos.quantize(torch.cat([tensors[f"{parent}.{part}.weight"] for part in PARTS[layer]]))
+    x, y = captured[f"{layer}/x"], captured[f"{layer}/y"]
+    assert_close(y, reference.linear(x, w, fos.Recipe()), diff=1e-6, ratio=1e-3)
+
+
+def test_compiled_graphs_lose_weights_for_fp4_units(fp4_units: dict[str, Any]) -> None:
+    # Sums in another order flip a code now and then; results of other weights differ by the spread of the logprobs.
+    compiled, usual = flat(fp4_units["compiled"]), flat(fp4_units["compiled, as on a CPU"])
+    assert (compiled - usual).abs().mean() < 0.25 * usual.std()
+
+
+@pytest.fixture(scope="module")
 def parallel(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     two = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     online, w4a16 = options("w4a16"), str(small / "w4a16")
@@ -292,6 +329,11 @@ BAD_OPTIONS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "unknown preset": ("bf16", options("mystery"), ("recipe: got 'mystery'", "'w4a16'")),
     "other weights than stored": ("w4a16", options("nvfp4"), ("weights were quantized with mse 256 amax",)),
     "random bytes for stored weights": ("w4a16", {"load_format": "dummy"}, ("got --load-format dummy",)),
+    "another backend for experts, which reads its recipe from the environment": (
+        "w4a16",
+        {"moe_backend": "flashinfer_trtllm"},
+        ("experts: nvfp4_4over6 does not do --moe-backend flashinfer_trtllm (needed auto",),
+    ),
     "part of a fused layer ignored": (
         "bf16",
         options("w4a16", ignore=["*.q_proj"]),

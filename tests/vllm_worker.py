@@ -1,15 +1,17 @@
 """Runs vLLM for the tests in a process of its own: ``vllm_worker.py REQUEST OUT``.
 
 REQUEST is JSON: {"prompts": token ids, "jobs": {name: {"model": folder, "options": arguments of LLM, "capture": layer
-names, "tokens": how many to generate}}}. OUT gets {name: {"logprobs" and "tokens": one list a prompt, "log": our log
-lines, "most_held": full-precision layers held at once} or {"error": text}}; captured layers' first inputs and outputs
-go to NAME.safetensors beside it.
+names, "tokens": how many to generate, "fp4_units": whether linear weights are prepared as for Blackwell}}}. OUT gets
+{name: {"logprobs" and "tokens": one list a prompt, "log": our log lines, "most_held": full-precision layers held at
+once} or {"error": text}}; captured layers' first inputs and outputs go to NAME.safetensors beside it.
 """
 
 import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.inputs import TokensPrompt
 
+from fouroversix_plugin.kernels import blackwell, ops
+from fouroversix_plugin.nvfp4 import NVFP4Tensor
 from fouroversix_plugin.serving.vllm import linear, moe
 
 DEFAULTS = {
@@ -83,6 +87,24 @@ class Watch:
         return quantized
 
 
+@contextmanager
+def fp4_units(there: bool) -> Iterator[None]:
+    """Within it, W4A4 linear weights are prepared as for Blackwell; their products are the specification's here."""
+    original = ops.prepare_weight
+
+    def prepare(q: NVFP4Tensor, dtype: torch.dtype, gated: bool = False, scheme: str = "") -> ops.PreparedWeight:
+        if q.packed.ndim > 2 or scheme != "W4A4":
+            return original(q, dtype, gated, scheme)
+        weight, block_scale = blackwell.prepare(q.packed, q.block_scale.view(torch.uint8))
+        return ops.PreparedWeight(weight, block_scale, q.row_decode_scale.contiguous(), q.shape[-1])
+
+    ops.prepare_weight = prepare if there else original
+    try:
+        yield
+    finally:
+        ops.prepare_weight = original
+
+
 def run(job: dict[str, Any], prompts: list[list[int]], watch: Watch) -> dict[str, Any]:
     lines, llm = Lines(), None
     logger = logging.getLogger("fouroversix_plugin")
@@ -114,7 +136,8 @@ def main(request_file: Path, out: Path) -> None:
     watch = Watch()
     results = {}
     for name, job in request["jobs"].items():
-        results[name] = run(job, request["prompts"], watch)
+        with fp4_units(job.get("fp4_units", False)):
+            results[name] = run(job, request["prompts"], watch)
         if watch.captured:
             save_file(watch.captured, out.with_name(f"{name}.safetensors"))
     out.write_text(json.dumps(results))

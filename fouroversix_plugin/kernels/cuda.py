@@ -1,7 +1,9 @@
 """The CUDA backend: compiled kernels where nvcc is, else Triton's, else torch operations; all quantize alike.
 
-Products are compiled for Hopper (:mod:`fouroversix_plugin.kernels.hopper`), Triton's elsewhere
-(:mod:`fouroversix_plugin.kernels.triton_gemm`), and torch operations without either.
+Products are compiled for Hopper (:mod:`fouroversix_plugin.kernels.hopper`), torch's FP4 GEMM where Blackwell multiplies
+quantized activations (:mod:`fouroversix_plugin.kernels.blackwell`), Triton's elsewhere
+(:mod:`fouroversix_plugin.kernels.triton_gemm`), and torch operations without any of these. :func:`prepare` chooses once
+for a weight, and the log says what and why.
 
 Nothing waits for the GPU, and no result's shape depends on values: every operator can be captured in a CUDA graph, once
 the kernels are loaded (a first call outside of the capture).
@@ -9,15 +11,22 @@ the kernels are loaded (a first call outside of the capture).
 
 from __future__ import annotations
 
+import functools
+import logging
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fouroversix_plugin.kernels import build, hopper, native, reference_operators, triton, triton_gemm
+from fouroversix_plugin.kernels import blackwell, build, hopper, native, reference_operators, triton, triton_gemm
 from fouroversix_plugin.nvfp4 import ScaleLayout
 from fouroversix_plugin.recipe import Granularity, Recipe
+
+logger = logging.getLogger(__name__)
+
+Products = Literal["hopper", "blackwell", "triton", "torch"]
+"""Whose kernels multiply; "blackwell" is torch's FP4 GEMM."""
 
 
 def quantize(
@@ -48,14 +57,53 @@ def dequantize(packed: Tensor, block_scale: Tensor, decode_scale: Tensor, dtype:
     return out
 
 
-def prepare(packed: Tensor, block_scale: Tensor, dtype: torch.dtype, gated: bool) -> tuple[Tensor, Tensor]:
-    """As :func:`linear` and :func:`moe` want a weight for a model of ``dtype``.
+def prepare(
+    packed: Tensor, block_scale: Tensor, dtype: torch.dtype, gated: bool, scheme: str = ""
+) -> tuple[Tensor, Tensor]:
+    """As :func:`linear`, :func:`linear_w4a4` and :func:`moe` want a weight for a model of ``dtype``.
 
-    On Hopper in tiles; else, for Triton's kernels, in planes of int32; as it is where there is neither.
+    On Hopper in tiles; for Blackwell's FP4 units, where ``scheme`` is "W4A4", the codes as they are and flat block
+    scales; else, for Triton's kernels, in planes of int32; as it is where there is nothing of these.
     """
-    if dtype in hopper.DTYPES and hopper.reason(packed.device) is None:
-        return hopper.prepare(packed, block_scale, gated)
-    return triton_gemm.prepare(packed, block_scale) if triton.reason() is None else (packed, block_scale)
+    match choose(packed, dtype, scheme):
+        case "hopper":
+            return hopper.prepare(packed, block_scale, gated)
+        case "blackwell":
+            return blackwell.prepare(packed, block_scale)
+        case "triton":
+            return triton_gemm.prepare(packed, block_scale)
+        case "torch":
+            return packed, block_scale
+
+
+def choose(packed: Tensor, dtype: torch.dtype, scheme: str) -> Products:
+    """Whose products multiply a weight: the first that can. The log has a line for each distinct choice, with reasons.
+
+    Args:
+        packed: uint8 [N, K/2], or [E, N, K/2] of experts.
+        dtype: of the activations.
+        scheme: "W4A4", "W4A16", or "" for a weight that both multiply.
+    """
+    reasons: dict[Products, str | None] = {"hopper": _no_hopper(packed, dtype)}
+    if reasons["hopper"] is not None:
+        shape = *packed.shape[:-1], packed.shape[-1] * 2
+        reasons["blackwell"] = blackwell.reason(packed.device, scheme, shape)
+        if reasons["blackwell"] is not None:
+            reasons["triton"] = triton.reason()
+    chosen: Products = next((name for name, reason in reasons.items() if reason is None), "torch")
+    passed_over = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason is not None)
+    _log_choice("experts" if packed.ndim > 2 else "linear", scheme, chosen, passed_over)
+    return chosen
+
+
+def _no_hopper(packed: Tensor, dtype: torch.dtype) -> str | None:
+    return hopper.reason(packed.device) if dtype in hopper.DTYPES else f"activations are {dtype}"
+
+
+@functools.cache
+def _log_choice(what: str, scheme: str, chosen: Products, passed_over: str) -> None:
+    why = f" (passed over: {passed_over})" if passed_over else ""
+    logger.info("fouroversix: products of %s by %s%s", f"{what} {scheme}".rstrip(), chosen, why)
 
 
 def linear(
@@ -78,6 +126,20 @@ def linear(
     if weight.dtype == torch.int32:
         return triton_gemm.linear(x, weight, block_scale, decode_scale, token_scale, bias, dtype)
     return hopper.linear(x, weight, block_scale, decode_scale, token_scale, bias).to(dtype)
+
+
+def linear_w4a4(
+    x: Tensor,
+    x_block_scale: Tensor,
+    token_scale: Tensor,
+    weight: Tensor,
+    block_scale: Tensor,
+    decode_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """:func:`fouroversix_plugin.kernels.blackwell.linear`."""
+    return blackwell.linear(x, x_block_scale, token_scale, weight, block_scale, decode_scale, bias, dtype)
 
 
 def moe(

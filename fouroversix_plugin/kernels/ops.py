@@ -14,6 +14,9 @@ are opaque to torch.compile, so no compiler can fuse their arithmetic into other
 - ``silu_and_mul_*``: x is [gate, up] [M, 2K], and what is quantized is
   :func:`fouroversix_plugin.reference.silu_and_mul` of it.
 
+- ``linear_w4a4``: both operands packed, with block scales in the layout 128x4: what ``quantize_to_layout`` makes of
+  activations, and weights prepared for FP4 units.
+
 A weight reaches an operator packed (uint8 with its ``block_scale``), or expanded to e2m1 * block_scale (without one),
 as :func:`prepare_weight` left it; its decode scale is always one per row. Block scales cross the boundary as the uint8
 bytes of their E4M3 numbers: too little of torch (``allclose`` in ``opcheck`` for one) knows float8.
@@ -28,7 +31,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fouroversix_plugin.kernels import cpu, cuda, hopper, reference_operators, triton, triton_gemm
+from fouroversix_plugin.kernels import blackwell, cpu, cuda, hopper, reference_operators, triton, triton_gemm
 from fouroversix_plugin.nvfp4 import NVFP4Tensor, ScaleLayout, padded_scale_shape
 from fouroversix_plugin.recipe import BLOCK_SIZE, Granularity, Recipe
 
@@ -49,6 +52,8 @@ _SCHEMAS = (
     *_QUANTIZER_SCHEMAS,
     "linear(Tensor x, Tensor weight, Tensor? block_scale, Tensor decode_scale, Tensor? token_scale, Tensor? bias, "
     "ScalarType dtype) -> Tensor",
+    "linear_w4a4(Tensor x, Tensor x_block_scale, Tensor token_scale, Tensor weight, Tensor block_scale, "
+    "Tensor decode_scale, Tensor? bias, ScalarType dtype) -> Tensor",
     "moe(Tensor x, Tensor w13, Tensor? w13_block_scale, Tensor w13_decode_scale, Tensor w2, Tensor? w2_block_scale, "
     "Tensor w2_decode_scale, Tensor topk_weights, Tensor topk_ids, str? activations, str activation, "
     "bool apply_router_weight_on_input, Tensor? input_amax, Tensor? inner_amax) -> Tensor",
@@ -72,7 +77,7 @@ class PreparedWeight:
         weight: packed uint8 [..., N, K/2]; or as a backend's ``prepare`` left it: two more dimensions in tiles for
             Hopper, three in strips for the CPU, int32 for Triton; or, without block scales, e2m1 * block_scale
             [..., N, K].
-        block_scale: those of a packed weight, E4M3 bytes [..., N, K/16] or as prepared; else None.
+        block_scale: those of a packed weight, E4M3 bytes [..., N, K/16] or as prepared (flat for FP4 units); else None.
         decode_scale: float32 [..., N].
         columns: K, which tiles fill up; only :func:`unprepare_weight` asks.
         gated: that rows of tiles are 8 of gate and 8 of up in turn.
@@ -84,29 +89,37 @@ class PreparedWeight:
     columns: int = 0
     gated: bool = False
 
+    @property
+    def is_for_fp4_units(self) -> bool:
+        """Whether only quantized activations multiply it, packed as it is."""
+        return self.block_scale is not None and self.block_scale.ndim == 1
 
-def prepare_weight(q: NVFP4Tensor, dtype: torch.dtype, gated: bool = False) -> PreparedWeight:
+
+def prepare_weight(q: NVFP4Tensor, dtype: torch.dtype, gated: bool = False, scheme: str = "") -> PreparedWeight:
     """One-time change of a weight for a model of ``dtype``: shuffled for the device (or expanded, on CPU alone).
 
     Args:
         q: [..., N, K].
         dtype: of the activations.
         gated: for the first product of a mixture of experts, whose rows are those of gate, then those of up.
+        scheme: "W4A4" or "W4A16" for activations that are all quantized or none; "" keeps to what multiplies both.
     """
     stored = as_stored(q)
     assert stored.block_scale is not None
     if q.device.type == "cpu":
         weight, block_scale = cpu.prepare(stored.weight, stored.block_scale, dtype)
     elif q.device.type == "cuda":
-        weight, block_scale = cuda.prepare(stored.weight, stored.block_scale, dtype, gated)
+        weight, block_scale = cuda.prepare(stored.weight, stored.block_scale, dtype, gated, scheme)
     else:
         return stored
     return PreparedWeight(weight, block_scale, stored.decode_scale, q.shape[-1], gated)
 
 
-def prepare_experts(w13: NVFP4Tensor, w2: NVFP4Tensor, dtype: torch.dtype) -> tuple[PreparedWeight, PreparedWeight]:
+def prepare_experts(
+    w13: NVFP4Tensor, w2: NVFP4Tensor, dtype: torch.dtype, scheme: str = ""
+) -> tuple[PreparedWeight, PreparedWeight]:
     """:func:`prepare_weight` of what :func:`moe` multiplies: w13 [E, 2I, H] and w2 [E, H, I]."""
-    return prepare_weight(w13, dtype, gated=True), prepare_weight(w2, dtype)
+    return prepare_weight(w13, dtype, gated=True, scheme=scheme), prepare_weight(w2, dtype, scheme=scheme)
 
 
 def unprepare_weight(w: PreparedWeight) -> NVFP4Tensor:
@@ -120,7 +133,9 @@ def unprepare_weight(w: PreparedWeight) -> NVFP4Tensor:
     if w.block_scale is None:
         raise ValueError(f"weight: got {w.weight.dtype} without block scales, needed packed codes")
     packed, block_scale, rows = w.weight, w.block_scale, w.decode_scale.shape[-1]
-    if packed.dtype == torch.int32:
+    if w.is_for_fp4_units:
+        block_scale = blackwell.restore(block_scale, rows, packed.shape[-1] * 2)
+    elif packed.dtype == torch.int32:
         packed, block_scale = triton_gemm.restore(packed, block_scale, rows, w.columns)
     elif packed.ndim == w.decode_scale.ndim + 3:
         packed, block_scale = cpu.from_strips(packed, block_scale, rows)
@@ -166,13 +181,37 @@ def linear(
     input_amax: Tensor | None = None,
     operators: Any = torch.ops.fouroversix,
 ) -> Tensor:
-    """x [M, K] times a prepared weight; see :func:`fouroversix_plugin.reference.linear`."""
+    """x [M, K] times a prepared weight; see :func:`fouroversix_plugin.reference.linear`.
+
+    Raises:
+        ValueError: another K than the weight's; activations that are not quantized, for a weight that FP4 units want.
+    """
     _check_columns("x", x, w)
+    if w.is_for_fp4_units:
+        return _linear_w4a4(x, w, activations, bias, input_amax, operators)
     values, token_scale = x, None
     if activations is not None:
         values, token_scale = operators.quantize_values(x, input_amax, activations.key)
     out: Tensor = torch.ops.fouroversix.linear(
         values, w.weight, w.block_scale, w.decode_scale, token_scale, bias, x.dtype
+    )
+    return out
+
+
+def _linear_w4a4(
+    x: Tensor,
+    w: PreparedWeight,
+    activations: Recipe | None,
+    bias: Tensor | None,
+    input_amax: Tensor | None,
+    operators: Any,
+) -> Tensor:
+    if activations is None:
+        raise ValueError("activations: got None (W4A16), needed a recipe: the weight was prepared for W4A4")
+    amax = None if input_amax is None else input_amax.expand(x.shape[0])
+    packed, block_scale, token_scale = operators.quantize_to_layout(x, amax, "token", activations.key, blackwell.LAYOUT)
+    out: Tensor = torch.ops.fouroversix.linear_w4a4(
+        packed, block_scale, token_scale, w.weight, w.block_scale, w.decode_scale, bias, x.dtype
     )
     return out
 
@@ -294,6 +333,8 @@ def _moe_of(backend: Any) -> Callable[..., Tensor]:
 for _key, _backend in (("CPU", cpu), ("CUDA", cuda), ("CompositeExplicitAutograd", reference_operators)):
     _library.impl("linear", _backend.linear, _key)
     _library.impl("moe", _moe_of(_backend), _key)
+_library.impl("linear_w4a4", cuda.linear_w4a4, "CUDA")
+_library.impl("linear_w4a4", reference_operators.linear_w4a4, "CompositeExplicitAutograd")
 
 
 # --- shapes and dtypes of the results ---
@@ -387,6 +428,20 @@ def _fake_linear(
     block_scale: Tensor | None,
     decode_scale: Tensor,
     token_scale: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return x.new_empty(x.shape[0], decode_scale.shape[0], dtype=dtype)
+
+
+@torch.library.register_fake("fouroversix::linear_w4a4", lib=_library)
+def _fake_linear_w4a4(
+    x: Tensor,
+    x_block_scale: Tensor,
+    token_scale: Tensor,
+    weight: Tensor,
+    block_scale: Tensor,
+    decode_scale: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fouroversix_plugin import reference
 from fouroversix_plugin.kernels import compose
-from fouroversix_plugin.nvfp4 import NVFP4Tensor, ScaleLayout
-from fouroversix_plugin.recipe import Granularity, Recipe
+from fouroversix_plugin.nvfp4 import NVFP4Tensor, ScaleLayout, scales_from_layout
+from fouroversix_plugin.recipe import BLOCK_SIZE, Granularity, Recipe
 
 
 def quantize(
@@ -49,6 +49,23 @@ def linear(
     values = weight if block_scale is None else reference.unscaled(weight, block_scale.view(torch.float8_e4m3fn))
     y = reference.scaled_matmul(x, values, token_scale, decode_scale)
     return (y if bias is None else y + bias.float()).to(dtype)
+
+
+def linear_w4a4(
+    x: Tensor,
+    x_block_scale: Tensor,
+    token_scale: Tensor,
+    weight: Tensor,
+    block_scale: Tensor,
+    decode_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """:func:`linear` of two packed operands whose block scales are in the layout 128x4."""
+    scales = scales_from_layout(x_block_scale, "128x4", x.shape[0], x.shape[1] * 2 // BLOCK_SIZE)
+    values = reference.unscaled(x, scales.view(torch.float8_e4m3fn))
+    scales = scales_from_layout(block_scale, "128x4", weight.shape[0], weight.shape[1] * 2 // BLOCK_SIZE)
+    return linear(values, weight, scales, decode_scale, token_scale, bias, dtype)
 
 
 def moe(

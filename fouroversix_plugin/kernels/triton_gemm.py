@@ -247,10 +247,7 @@ def linear(
     if token_scale is not None:
         _check("token_scale", token_scale, torch.float32, (tokens,), x)
         token_scale = token_scale.contiguous()
-    if bias is not None:
-        _check("bias", bias, bias.dtype, (rows,), x)
-        _check_dtype(bias.dtype)
-        bias = triton.as_stored(bias.contiguous())
+    bias = _checked_bias(bias, rows, x)
     out = x.new_empty(tokens, rows, dtype=dtype)
     if tokens == 0 or rows == 0:
         return out
@@ -275,20 +272,65 @@ def linear(
             WHOLE=columns % _WORD_COLUMNS == 0,
             **_options(launch, x),
         )
-        if split:
-            kernels.add_splits[(-(-rows // 256), -(-tokens // 4))](
-                sums,
-                *scales,
-                triton.as_stored(out),
-                tokens,
-                rows,
-                launch.splits,
-                ROWS=256,
-                TOKENS=4,
-                num_warps=4,
-                enable_fp_fusion=False,
-            )
+    if split:
+        _add_splits(sums, *scales, out, own=True)
     return out
+
+
+def scale_sums(
+    sums: Tensor, decode_scale: Tensor, token_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """(sums * token_scale) * decode_scale + bias in fp32, rounded once to ``dtype``: what :func:`linear` ends with.
+
+    Args:
+        sums: fp32 [M, N], of e2m1 * block_scale, by whatever product.
+        decode_scale: fp32 [N].
+        token_scale: fp32 [M].
+        bias: [N], or None.
+        dtype: bf16, fp16 or fp32.
+
+    Raises:
+        ValueError: a number, dtype or device of one that does not fit the others'.
+    """
+    tokens, rows = sums.shape
+    _check_dtype(dtype)
+    _check("sums", sums, torch.float32, (tokens, rows), sums)
+    _check("decode_scale", decode_scale, torch.float32, (rows,), sums)
+    _check("token_scale", token_scale, torch.float32, (tokens,), sums)
+    bias = _checked_bias(bias, rows, sums)
+    out = sums.new_empty(tokens, rows, dtype=dtype)
+    if out.numel():
+        scales = decode_scale.contiguous(), token_scale.contiguous()
+        _add_splits(sums.contiguous().unsqueeze(0), *scales, bias, out, own=False)
+    return out
+
+
+def _add_splits(
+    sums: Tensor,
+    decode_scale: Tensor,
+    token_scale: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    own: bool,
+) -> None:
+    """Write ``out`` [M, N] from the sums [S, M, N] of S splits, the first one first; ``own``: of our kernels."""
+    splits, tokens, rows = sums.shape
+    with triton.device_of(out):
+        _kernels().add_splits[(-(-rows // 256), -(-tokens // 4))](
+            sums,
+            decode_scale,
+            token_scale,
+            bias,
+            triton.as_stored(out),
+            tokens,
+            rows,
+            splits,
+            ROWS=256,
+            TOKENS=4,
+            OWN=own,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
 
 
 def moe(
@@ -404,6 +446,15 @@ def _check_input(x: Tensor) -> tuple[int, int]:
         raise ValueError(f"x: got {x.dtype}, needed bfloat16, float16 or float32")
     check_columns("x", x.shape[1])
     return x.shape[0], x.shape[1]
+
+
+def _checked_bias(bias: Tensor | None, rows: int, beside: Tensor) -> Tensor | None:
+    """A bias [rows] as the kernels read it."""
+    if bias is None:
+        return None
+    _check("bias", bias, bias.dtype, (rows,), beside)
+    _check_dtype(bias.dtype)
+    return triton.as_stored(bias.contiguous())
 
 
 def _check_weight(

@@ -243,9 +243,13 @@ def _sums(
 
 
 @triton.jit
-def _scaled(sums, token_scale, decode_scale):
-    """(sums * token_scale [TOKENS]) * decode_scale [ROWS]; token_scale may be None."""
-    sums *= _UNSCALE
+def _scaled(sums, token_scale, decode_scale, OWN: tl.constexpr = True):
+    """(sums * token_scale [TOKENS]) * decode_scale [ROWS]; token_scale may be None.
+
+    OWN sums are those of stored scales, others' of e2m1 * block_scale.
+    """
+    if OWN:
+        sums *= _UNSCALE
     if token_scale is not None:
         sums *= token_scale[None, :]
     return sums * decode_scale[:, None]
@@ -327,9 +331,22 @@ def multiply(
 
 @triton.jit(do_not_specialize=["tokens", "splits"])
 def add_splits(
-    sums, decode_scale, token_scale, bias, out, tokens, rows, splits, ROWS: tl.constexpr, TOKENS: tl.constexpr
+    sums,
+    decode_scale,
+    token_scale,
+    bias,
+    out,
+    tokens,
+    rows,
+    splits,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    OWN: tl.constexpr,
 ):
-    """What :func:`multiply` does after its sum, with that of the splits [splits, tokens, rows], the first one first."""
+    """What :func:`multiply` does after its sum, with that of the splits [splits, tokens, rows], the first one first.
+
+    OWN as :func:`_scaled` has it.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     existing_row, existing = tl.minimum(row, rows - 1), tl.minimum(token, tokens - 1)
@@ -339,7 +356,10 @@ def add_splits(
         sums += tl.cast(tokens, tl.int64) * rows
         total += tl.load(sums + at)
     y = _scaled(
-        total, None if token_scale is None else tl.load(token_scale + existing), tl.load(decode_scale + existing_row)
+        total,
+        None if token_scale is None else tl.load(token_scale + existing),
+        tl.load(decode_scale + existing_row),
+        OWN,
     )
     if bias is not None:
         y += _widen(tl.load(bias + existing_row))[:, None]

@@ -232,7 +232,7 @@ def prepare_linear(
 ) -> ops.PreparedWeight:
     """The weight [N, K] of the layer ``name`` as its device wants it for inputs of ``dtype``, counted in the log."""
     select("linear", scheme.name, q.shape, q.device)
-    prepared = ops.prepare_weight(q, dtype)
+    prepared = ops.prepare_weight(q, dtype, scheme=scheme.name)
     report.loaded(name, [q], prepared)
     return prepared
 
@@ -242,7 +242,7 @@ def prepare_experts(
 ) -> tuple[ops.PreparedWeight, ops.PreparedWeight]:
     """As :func:`prepare_linear`, of experts: w13 [E, 2I, H] and w2 [E, H, I]."""
     select("moe", scheme.name, w13.shape, w13.device)
-    prepared = ops.prepare_experts(w13, w2, dtype)
+    prepared = ops.prepare_experts(w13, w2, dtype, scheme.name)
     report.loaded(name, [w13, w2], prepared[0])
     return prepared
 

@@ -69,6 +69,11 @@ class _MoEMethod(FusedMoEMethodBase):
             reasons.append(f"activation {activation!r} (needed one of {', '.join(ACTIVATIONS)})")
         if self.moe.has_bias:
             reasons.append("expert biases")
+        if self.moe.moe_backend != "auto":
+            # Others quantize activations their own way, some by what they find in the environment.
+            reasons.append(
+                f"--moe-backend {self.moe.moe_backend} (needed auto: the recipe is known to our kernels alone)"
+            )
         reasons += [
             f"{name} = {getattr(layer, name)}"
             for name in ("swiglu_limit", "swiglu_alpha", "swiglu_beta")
