@@ -230,24 +230,29 @@ Tensor gather(Tensor x, Tensor token_of_row, Tensor slot_of_row, Tensor in_use, 
   return out;
 }
 
-// The product of rows sorted by expert: gated [P, N] in the dtype of x, else fp32, row i in out_row[i] of [P, N].
+// The product of `rows` rows sorted by expert, row i of x or row x_row[i]: gated [rows, N] in the dtype of x, else fp32,
+// row i in out_row[i].
 Tensor multiply_experts(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, OptionalTensor token_scale,
-                        OptionalTensor token_of_row, OptionalTensor out_row, Tensor blocks, Tensor in_use,
-                        int64_t outputs, bool gated, int64_t activation, int64_t tokens) {
+                        OptionalTensor x_row, OptionalTensor token_of_row, OptionalTensor out_row, Tensor blocks,
+                        Tensor in_use, int64_t rows, int64_t outputs, bool gated, int64_t activation, int64_t tokens) {
   cuda::Gemm g = describe(x, codes, block_scale, decode_scale, token_scale, outputs,
                           gated ? cuda::Output::gated : cuda::Output::fp32);
   g.activation = cuda::Activation(activation);
+  if (x_row.has_value()) g.x_row = ints(*x_row);
   if (token_of_row.has_value()) g.token_of = ints(*token_of_row);
   if (out_row.has_value()) g.out_row = ints(*out_row);
   g.blocks = reinterpret_cast<const cuda::Block*>(blocks.data_ptr());
   g.blocks_in_use = ints(in_use);
   g.block_limit = int_of(blocks.size(0));
   g.tokens = int_of(tokens);
-  Tensor out = torch::stable::new_empty(x, {g.rows, outputs}, gated ? x.scalar_type() : ScalarType::Float);
+  STD_TORCH_CHECK(g.tokens <= 16 || g.x_row == nullptr, "x_row: needed None with more than 16 rows in a block");
+  Tensor out = torch::stable::new_empty(x, {rows, outputs}, gated ? x.scalar_type() : ScalarType::Float);
   g.out = out.data_ptr();
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  g.strips = cuda::strips_at_once(ceil_div(gated ? 2 * g.outputs : g.outputs, 16), g.block_limit,
-                                  g.steps, multiprocessors());
+  if (g.tokens <= 16) {
+    g.strips = cuda::strips_at_once(ceil_div(gated ? 2 * g.outputs : g.outputs, 16), g.block_limit,
+                                    g.columns, multiprocessors());
+  }
   check_launch(cuda::multiply(g, current_stream(x)));
   return out;
 }
@@ -287,8 +292,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fouroversix_cuda, m) {
       "gather(Tensor x, Tensor token_of_row, Tensor slot_of_row, Tensor in_use, Tensor? topk_weights) -> Tensor");
   m.def(
       "multiply_experts(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, Tensor? token_scale, "
-      "Tensor? token_of_row, Tensor? out_row, Tensor blocks, Tensor in_use, int outputs, bool gated, "
-      "int activation, int tokens) -> Tensor");
+      "Tensor? x_row, Tensor? token_of_row, Tensor? out_row, Tensor blocks, Tensor in_use, int rows, int outputs, "
+      "bool gated, int activation, int tokens) -> Tensor");
   m.def("combine(Tensor slots, Tensor? topk_weights, Tensor topk_ids, int experts, ScalarType dtype) -> Tensor");
 }
 

@@ -3,9 +3,12 @@
 #include <cuda_fp16.h>
 
 #include "gemm.h"
+#include "sm90.cuh"
 
 namespace fos::cuda {
 namespace {
+
+using namespace sm90;
 
 constexpr int kWarp = 32;
 constexpr int kRouteThreads = 1024;
@@ -32,7 +35,9 @@ __device__ __forceinline__ int warp_sum_up_to(int value, int lane) {
 __global__ void __launch_bounds__(kRouteThreads) sort_slots(const Route r) {
   __shared__ int next[kMaxExperts];
   const int thread = threadIdx.x, lane = thread % kWarp;
+  let_kernel_after_start();
   for (int e = thread; e < r.experts; e += kRouteThreads) next[e] = 0;
+  wait_for_kernel_before();
   __syncthreads();
   for (int slot = thread; slot < r.slots; slot += kRouteThreads) {
     const int expert = expert_of(r, slot);
@@ -75,6 +80,8 @@ __device__ __forceinline__ void round_to(float v, __half& to) { to = __float2hal
 template <class Value>
 __global__ void __launch_bounds__(kCopyThreads) gather_rows(const Gather g) {
   const int row = blockIdx.x;
+  let_kernel_after_start();
+  wait_for_kernel_before();
   if (row >= g.in_use[1]) return;
   constexpr int kEach = 8;
   const int64_t token = g.token_of_row[row];
@@ -96,6 +103,8 @@ __global__ void __launch_bounds__(kCopyThreads) gather_rows(const Gather g) {
 template <class Value>
 __global__ void __launch_bounds__(kSumThreads) sum_slots(const Combine c) {
   const int token = blockIdx.x, column = (blockIdx.y * kSumThreads + threadIdx.x) * 4;
+  let_kernel_after_start();
+  wait_for_kernel_before();
   if (column >= c.columns) return;
   float sum[4] = {};
   for (int k = 0; k < c.route.top_k; ++k) {
@@ -115,15 +124,14 @@ __global__ void __launch_bounds__(kSumThreads) sum_slots(const Combine c) {
 }  // namespace
 
 cudaError_t route(const Route& r, cudaStream_t stream) {
-  sort_slots<<<1, kRouteThreads, 0, stream>>>(r);
-  return cudaGetLastError();
+  return launch_early(sort_slots, dim3(1), kRouteThreads, 0, stream, r);
 }
 
 cudaError_t gather(const Gather& g, cudaStream_t stream) {
   if (g.rows == 0) return cudaSuccess;
-  if (g.dtype == Dtype::bf16) gather_rows<__nv_bfloat16><<<static_cast<unsigned>(g.rows), kCopyThreads, 0, stream>>>(g);
-  else gather_rows<__half><<<static_cast<unsigned>(g.rows), kCopyThreads, 0, stream>>>(g);
-  return cudaGetLastError();
+  const dim3 grid(static_cast<unsigned>(g.rows));
+  const auto kernel = g.dtype == Dtype::bf16 ? gather_rows<__nv_bfloat16> : gather_rows<__half>;
+  return launch_early(kernel, grid, kCopyThreads, 0, stream, g);
 }
 
 cudaError_t combine(const Combine& c, cudaStream_t stream) {
@@ -131,9 +139,8 @@ cudaError_t combine(const Combine& c, cudaStream_t stream) {
   if (tokens == 0) return cudaSuccess;
   const int parts = (c.columns / 4 + kSumThreads - 1) / kSumThreads;
   const dim3 grid(static_cast<unsigned>(tokens), static_cast<unsigned>(parts));
-  if (c.dtype == Dtype::bf16) sum_slots<__nv_bfloat16><<<grid, kSumThreads, 0, stream>>>(c);
-  else sum_slots<__half><<<grid, kSumThreads, 0, stream>>>(c);
-  return cudaGetLastError();
+  const auto kernel = c.dtype == Dtype::bf16 ? sum_slots<__nv_bfloat16> : sum_slots<__half>;
+  return launch_early(kernel, grid, kSumThreads, 0, stream, c);
 }
 
 }  // namespace fos::cuda

@@ -1,16 +1,14 @@
 // Products of NVFP4 weights and few rows of x (16 at most, of one weight or of an expert) on Hopper.
 //
 // There are hardly any sums to make: what counts is that weights arrive as fast as memory gives them, on all
-// multiprocessors until the end. Each of a CTA's 16 warps reads its own weights, in the order that its mma.sync wants
-// them, from global memory into registers, `kAhead` steps before their use; no barrier stands between a load and its
-// use. A CTA takes `strips` times 16 weight rows at once; the warps of a strip share its columns, and what they add up
-// meets in shared memory, in the order of the warps. The warps that have the same columns form a group, whose first one
-// has the copy engine bring x: all of it, where there is room for it, else some steps ahead. CTAs stay, one to a
-// multiprocessor, for units (strips of a block of rows) that follow one another.
+// multiprocessors until the end. A CTA stays on its multiprocessor for units that follow one another: `strips` times 16
+// weight rows, for a block of rows of x. A strip's columns are dealt to its warps in pairs of steps. Each warp reads its own weights from global
+// memory into registers, in the order that its mma.sync wants them, `kAhead` pairs before their use and on into the next
+// unit: no barrier stands between a load and its use, and none at the end of a unit, where a warp leaves its sums in
+// shared memory and goes on. Beside these warps one has the copy engine bring x, which stays where there is room for it,
+// and two add up what was left of a unit, in the order of the warps.
 //
 // How weights become 16-bit numbers, and sums results, is in gemm_parts.cuh.
-#include <cuda.h>
-
 #include "gemm_parts.cuh"
 
 #define FOS_PASTE_(a, b, c, d) a##b##c##d
@@ -20,295 +18,331 @@
 namespace fos::cuda {
 namespace {
 
-constexpr int kWarp = 32, kWarps = 16, kThreads = kWarp * kWarps;
+constexpr bool kExperts = kOutput != Output::linear;
+constexpr int kWarp = 32;
+constexpr int kWarps = 16;  // that multiply
+constexpr int kFinishers = 2;
+constexpr int kThreads = (kWarps + 1 + kFinishers) * kWarp;
 constexpr int kStrip = 16;  // weight rows of a warp
 constexpr int kTileStrips = kRowTile / kStrip;
-constexpr int kAhead = 6;  // steps that weights are asked for before their use; a whole number of rounds
-constexpr int kRound = 3;  // steps whose tokens come together
+constexpr int kAhead = 3;  // pairs of steps that weights are asked for before their use
 constexpr int kStripCodes = kStrip * kStep / 2, kStripScales = kStrip * kStep / kBlock;  // bytes of a step
-constexpr int kHalfStepBytes = kStep / 2 * 2;  // 32 columns of a token
+constexpr int kStepBytes = kStep * 2, kPairBytes = 2 * kStepBytes;                       // of a row of x
 constexpr int kSumPitch = kStrip + 4;  // sums of a token; neither side meets a bank twice
-constexpr int kMostSlots = 16;
+constexpr int kPlaces = 2;             // for the sums of units
+constexpr int kMostSlots = 128;
 constexpr int kSharedMemory = 227 * 1024;
 
-template <int kTokens>
-struct Shape {
-  static constexpr int kTokenBytes = kTokens * kStep * 2;  // of a step
-  static constexpr int kSlotBytes = kRound * kTokenBytes;
-  static constexpr int kUnitSums = kWarps * kTokens * kSumPitch;  // of two units in turn
-  static constexpr int kBarrierBytes = kWarps * kMostSlots * 16;
-  static constexpr int kFixed = 2 * kUnitSums * 4 + kBarrierBytes;
+// How the strips of a weight, or of an expert's, and their columns are dealt.
+struct Plan {
+  int strips;
+  int row_units;             // of each block of rows of x: g.strips strips each, but for the last
+  int units_each, units_more;  // of one weight: a CTA has units_each, the first units_more of them one more
+  int pairs;                 // of steps
+  int warps, warps_inverse;  // of a strip; warp / warps is warp * warps_inverse >> 8
+  int pieces_inverse;        // item / pieces of a unit is item * pieces_inverse >> 16
+  // x comes in chunks: a pair for each of a strip's warps.
+  int slot_rows, pitch;  // rows of x that a slot holds, and their bytes; ldmatrix meets no bank twice
+  int chunks, slots;     // of a block, and what there is room for
+};
 
-  // Rounds of a group, at most.
-  static __host__ __device__ int rounds(int steps, int groups) {
-    const int of_group = (steps + groups - 1) / groups;
-    return (of_group + kRound - 1) / kRound;
+// The units of a CTA, one after the other.
+struct Units {
+  int left;   // with this one
+  int block;  // of rows of x
+  int rows;   // which unit of that block
+
+  __device__ __forceinline__ bool ends_block(const Plan& plan) const {
+    return kExperts && (left == 1 || rows + 1 == plan.row_units);
   }
-  // Slots of each group's ring of tokens.
-  static __host__ __device__ int slots(int steps, int groups) {
-    const int fitting = min((kSharedMemory - kFixed) / (groups * kSlotBytes), kMostSlots);
-    return min(fitting, max(rounds(steps, groups), 2));
+  __device__ __forceinline__ void advance(const Plan& plan) {
+    --left;
+    if (++rows < plan.row_units || !kExperts) return;
+    rows = 0;
+    ++block;
   }
 };
 
-// The steps of a strip that a warp adds up for a unit.
-struct Range {
-  int unit, first, steps;
-  uint32_t piece;  // of the weight: kStripCodes and kStripScales bytes each
-};
+__device__ __forceinline__ Block block_of(const Gemm& g, int index) {
+  if constexpr (!kExperts) return {0, 0, g.rows, 0};
+  const int4 found = __ldg(reinterpret_cast<const int4*>(g.blocks) + index);
+  return {found.x, found.y, found.z, 0};
+}
+
+// The units that this CTA has of all: as many as any other, or one more.
+__device__ __forceinline__ Units units_of_cta(const Gemm& g, const Plan& plan) {
+  const int cta = blockIdx.x;
+  if constexpr (!kExperts) {
+    return {plan.units_each + (cta < plan.units_more), 0, cta * plan.units_each + min(cta, plan.units_more)};
+  }
+  const int units = *g.blocks_in_use * plan.row_units, ctas = gridDim.x;
+  const int each = units / ctas, more = units % ctas, first = cta * each + min(cta, more);
+  return {each + (cta < more), first / plan.row_units, first % plan.row_units};
+}
+
+// A value that stays in its register: ptxas cannot know that it might as well compute it again.
+__device__ __forceinline__ int held(int value) {
+  asm volatile("shfl.sync.idx.b32 %0, %0, %1, 31, -1;" : "+r"(value) : "r"(static_cast<int>(threadIdx.x % kWarp)));
+  return value;
+}
 
 template <int kTokens>
-struct Work {
-  const Gemm& g;
-  int strips, row_units, last_unit;
-  int strip, group, groups;  // of this warp
-
-  __device__ __forceinline__ Block block(int unit) const {
-    const int index = unit / row_units;
-    if (g.blocks == nullptr) return {0, index * kTokens, g.rows, 0};
-    const int4 found = __ldg(reinterpret_cast<const int4*>(g.blocks) + index);
-    return {found.x, found.y, found.z, 0};
-  }
-
-  __device__ __forceinline__ Range range(int unit) const {
-    if (unit >= last_unit) return {unit, 0, 0, 0};
-    const int first = g.steps * group / groups, last = g.steps * (group + 1) / groups;
-    // Beyond the last strip the last is multiplied again, and dropped: all warps of a group keep step.
-    const int own = min(unit % row_units * g.strips + strip, strips - 1);
-    const int expert = g.blocks == nullptr ? 0 : block(unit).expert;
-    const uint32_t tile = (expert * g.row_tiles + own / kTileStrips) * g.steps + first;
-    return {unit, first, last - first, tile * kTileStrips + own % kTileStrips};
-  }
-};
-
-// A group's ring of tokens, as its warps and as its first one, who fills it, see it.
-template <int kTokens>
-struct Ring {
-  using S = Shape<kTokens>;
-  uint32_t tokens, full;  // of the group's first slot
-  int slots;
-  int slot = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ uint32_t at() const { return tokens + slot * S::kSlotBytes; }
-  __device__ __forceinline__ uint32_t full_at() const { return full + slot * 8; }
-  __device__ __forceinline__ uint32_t empty_at() const { return full_at() + kMostSlots * 8; }
-  __device__ __forceinline__ void advance() {
-    if (++slot < slots) return;
-    slot = 0;
-    parity ^= 1;
-  }
-};
-
-template <int kTokens>
-__global__ void __launch_bounds__(kThreads, 1) few(const __grid_constant__ CUtensorMap map, const Gemm g) {
-  using S = Shape<kTokens>;
-  extern __shared__ __align__(1024) uint8_t memory[];
+__global__ void __launch_bounds__(kThreads, 1) few(const Gemm g, const Plan plan) {
+  constexpr int kUnitSums = kWarps * kTokens * kSumPitch;
+  extern __shared__ __align__(128) uint8_t memory[];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int busy_warps = g.strips * plan.warps, slot_bytes = plan.slot_rows * plan.pitch;
+  const uint32_t x_at = shared_address(memory);
+  float* sums_at = reinterpret_cast<float*>(memory + plan.slots * slot_bytes);
+  const uint32_t full = shared_address(sums_at + kPlaces * kUnitSums), empty = full + plan.slots * 8;
+  const uint32_t left_sums = empty + plan.slots * 8, free_sums = left_sums + kPlaces * 8;
+  // x stays for all units of a block.
+  const bool stays = plan.chunks <= plan.slots;
 
-  Work<kTokens> work{g};
-  work.strips = (kOutput == Output::gated ? 2 * g.outputs : g.outputs) / kStrip;
-  work.row_units = (work.strips + g.strips - 1) / g.strips;
-  work.groups = kWarps / g.strips;
-  work.strip = warp / work.groups;
-  work.group = warp % work.groups;
-  const bool busy = work.strip < g.strips;
-  const int slots = S::slots(g.steps, work.groups);
-  // With all tokens in place from the first unit on, nothing has to be given free.
-  const bool resident = g.block_limit == 1 && S::rounds(g.steps, work.groups) <= slots;
-  float* sums_at = reinterpret_cast<float*>(memory + work.groups * slots * S::kSlotBytes);
-  const uint32_t barriers = shared_address(sums_at + 2 * S::kUnitSums);
-  Ring<kTokens> ring{shared_address(memory) + work.group * slots * S::kSlotBytes,
-                     barriers + work.group * kMostSlots * 16, slots};
+  if (warp < kWarps) {
+    const int strip = warp * plan.warps_inverse >> 8, group = warp - strip * plan.warps;
+    const bool busy = warp < busy_warps;
 
-  if (threadIdx.x < work.groups) {
-    for (int i = 0; i < slots; ++i) {
-      const uint32_t barrier = barriers + (threadIdx.x * kMostSlots * 2 + i) * 8;
-      barrier_init(barrier, 1);
-      barrier_init(barrier + kMostSlots * 8, g.strips);
-    }
-    barriers_ready();
-  }
-  if (threadIdx.x == 0) prefetch_map(&map);
-
-  const auto codes_of = [&](uint32_t piece) {
-    return g.codes + lane * 16 + static_cast<uint64_t>(piece) * kStripCodes;
-  };
-  const auto scales_of = [&](uint32_t piece) {
-    return g.block_scale + lane / 4 * 8 + static_cast<uint64_t>(piece) * kStripScales;
-  };
-  const auto load = [&](Packed& w, uint32_t piece, int step) {
-    w.load(codes_of(piece) + step * kCodeBytes, scales_of(piece) + step * kScaleBytes);
-  };
-
-  // Weights of one matrix may come before the kernel before this one has ended: it is not the one that made them.
-  if (g.blocks != nullptr) wait_for_kernel_before();
-  const int units = (g.blocks == nullptr ? g.block_limit : *g.blocks_in_use) * work.row_units;
-  const int first_unit = static_cast<int>(static_cast<int64_t>(units) * blockIdx.x / gridDim.x);
-  work.last_unit = static_cast<int>(static_cast<int64_t>(units) * (blockIdx.x + 1) / gridDim.x);
-  Range range = work.range(first_unit);
-  Packed weights[kAhead];
+    // Weights, a pair of steps after the other, whatever unit they are of. Those of one matrix may come before the kernel
+    // before this one has ended: it is not the one that made them. Which experts there are it may have said.
+    if constexpr (kExperts) wait_for_kernel_before();
+    Units unit = units_of_cta(g, plan);
+    if (!busy) unit.left = 0;
+    Units asked = unit;
+    int asked_pair = group;
+    const uint8_t *codes = nullptr, *scales = nullptr;  // of this lane, in that pair
+    const auto find_weights = [&] {
+      if (asked.left <= 0) return;
+      // Beyond the last strip the last is multiplied again, and dropped.
+      const int own = min(asked.rows * g.strips + strip, plan.strips - 1), expert = block_of(g, asked.block).expert;
+      const int64_t tile = static_cast<int64_t>(expert * g.row_tiles + own / kTileStrips) * g.steps + 2 * group;
+      codes = g.codes + tile * kCodeBytes + own % kTileStrips * kStripCodes + lane * 16;
+      scales = g.block_scale + tile * kScaleBytes + own % kTileStrips * kStripScales + lane / 4 * 8;
+    };
+    find_weights();
+    const int lone = held(g.steps % 2 == 0 ? -1 : plan.pairs - 1);  // the pair that lacks its second step
+    const int next_codes = held(plan.warps * 2 * kCodeBytes), next_scales = held(plan.warps * 2 * kScaleBytes);
+    const auto ask = [&](Packed (&w)[2]) {
+      if (asked.left <= 0) return;
+      w[0].load(codes, scales);
+      if (asked_pair != lone) w[1].load(codes + kCodeBytes, scales + kScaleBytes);
+      else w[1] = Packed{};
+      codes += next_codes;
+      scales += next_scales;
+      asked_pair += plan.warps;
+      if (asked_pair < plan.pairs) return;
+      asked.advance(plan);
+      asked_pair = group;
+      find_weights();
+    };
+    Packed weights[kAhead][2];
 #pragma unroll
-  for (int i = 0; i < kAhead; ++i) {
-    if (busy && i < range.steps) load(weights[i], range.piece, i);
-  }
-  if (g.blocks == nullptr) wait_for_kernel_before();
-  __syncthreads();
+    for (int i = 0; i < kAhead; ++i) ask(weights[i]);
+    __syncthreads();
 
-  // The first warp of a group brings x, one round after the other, whatever unit they are of.
-  Ring<kTokens> filled = ring;
-  const bool fills = work.strip == 0 && lane == 0 && range.steps > 0;
-  int fill_unit = first_unit, fill_step = 0, fill_row = fills ? work.block(first_unit).begin : 0;
-  const auto fill = [&] {
-    if (fill_unit >= work.last_unit) return;
-    wait(filled.empty_at(), filled.parity ^ 1);
-    const int count = min(kRound, range.steps - fill_step);
-    expect_bytes(filled.full_at(), count * S::kTokenBytes);
-    for (int i = 0; i < count; ++i) {
-      const int column = (range.first + fill_step + i) * kStep;
-      copy_box(filled.at() + i * S::kTokenBytes, &map, column, fill_row, filled.full_at());
-    }
-    filled.advance();
-    fill_step += kRound;
-    if (fill_step < range.steps) return;
-    fill_step = 0;
-    fill_unit = resident ? work.last_unit : fill_unit + 1;
-    if (fill_unit < work.last_unit) fill_row = work.block(fill_unit).begin;
-  };
-  // Two rounds before each, until all slots are full: so many copies take longer to ask for than the first to come.
-  int room = resident ? slots : max(1, slots - 1);
-  const auto fill_some = [&] {
-    for (int i = 0; i < 2 && room > 0; ++i, --room) fill();
-  };
-  if (fills) fill_some();
-
-  // For ldmatrix, lane l says where row l % 8 of matrix l / 8 is: 8 columns of a token, swizzled by 128 bytes.
-  uint32_t of_lane = lane % 8 * (2 * kHalfStepBytes) + ((lane / 8 ^ lane % 8) << 4);
-  keep(of_lane);
-  const Powers& by = g.powers;
-  // Two sums of each, that a multiplication need not wait for the one before.
-  constexpr int kChains = kTokens == 8 ? 2 : 1;
-  float sums[kTokens / 8 * kChains][4];
-  const auto multiply = [&](const Packed& w, uint32_t tokens) {
-    uint32_t x[kTokens / 8][2][4], values[4];
+    // For ldmatrix, lane l says where row l % 8 of matrix l / 8 is: 8 columns of a token. Of tokens that there are not, a
+    // sum is made of any, and dropped.
+    uint32_t of_lane[kTokens / 8];
 #pragma unroll
     for (int n = 0; n < kTokens / 8; ++n) {
-      const uint32_t from = tokens + n * (8 * 2 * kHalfStepBytes) + of_lane;
-      load_matrices(from, x[n][0]);
-      load_matrices(from ^ kHalfStepBytes, x[n][1]);
+      of_lane[n] = held(x_at + min(n * 8 + lane % 8, plan.slot_rows - 1) * plan.pitch + lane / 8 * 16 +
+                        group * kPairBytes);
     }
-    const auto add = [&](int block) {
+    const Powers& by = g.powers;
+    // Of few tokens each step of a pair has sums of its own, that a multiplication need not wait for the one before.
+    constexpr int kChains = kTokens == 8 ? 2 : 1, kSets = kTokens / 8 * kChains;
+    float sums[kSets][4] = {};
+    const auto load_x = [&](uint32_t from, uint32_t (&x)[kTokens / 8][2][4]) {
 #pragma unroll
       for (int n = 0; n < kTokens / 8; ++n) {
-        Mma<Value>::multiply(sums[n * kChains + block % kChains], values, x[n][block / 2] + block % 2 * 2);
+        load_matrices(of_lane[n] + from, x[n][0]);
+        load_matrices(of_lane[n] + from + kStepBytes / 2, x[n][1]);
       }
     };
-    const uint32_t scale = two_scales<0>(by, w.scale), scale_8 = two_scales<0>(by, w.scale_8);
-    const uint32_t odd = two_scales<1>(by, w.scale), odd_8 = two_scales<1>(by, w.scale_8);
-    unpack<false>(by, w.q[0], scale, scale_8, values);
-    add(0);
-    unpack<false>(by, w.q[1], odd, odd_8, values);
-    add(1);
-    unpack<true>(by, w.q[2], scale, scale_8, values);
-    add(2);
-    unpack<true>(by, w.q[3], odd, odd_8, values);
-    add(3);
-  };
-  const auto begin_round = [&] {
-    if (fills) fill_some();
-    __syncwarp();
-    wait(ring.full_at(), ring.parity);
-  };
-  const auto end_round = [&] {
-    if (resident) {
-      ++ring.slot;
-      return;
-    }
-    ++room;
-    __syncwarp();
-    if (lane == 0) arrive(ring.empty_at());
-    ring.advance();
-  };
-
-  while (range.unit < work.last_unit) {
+    const auto multiply = [&](const Packed& w, const uint32_t (&x)[kTokens / 8][2][4], int chain) {
+      uint32_t values[4];
+      const auto add = [&](int block) {
 #pragma unroll
-    for (int n = 0; n < kTokens / 8 * kChains; ++n) sums[n][0] = sums[n][1] = sums[n][2] = sums[n][3] = 0.0f;
-    const Range next = work.range(range.unit + 1);
-    if (resident) ring.slot = 0;
-    if (busy) {
-      int first = 0;
-      const uint8_t* codes = codes_of(range.piece) + kAhead * kCodeBytes;
-      const uint8_t* scales = scales_of(range.piece) + kAhead * kScaleBytes;
-      for (; first + 2 * kAhead <= range.steps; first += kAhead) {
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-          if (i % kRound == 0) begin_round();
-          multiply(weights[i], ring.at() + i % kRound * S::kTokenBytes);
-          weights[i].load(codes + i * kCodeBytes, scales + i * kScaleBytes);
-          if (i % kRound + 1 == kRound) end_round();
+        for (int n = 0; n < kTokens / 8; ++n) {
+          Mma<Value>::multiply(sums[n * kChains + chain], values, x[n][block / 2] + block % 2 * 2);
         }
-        codes += kAhead * kCodeBytes;
-        scales += kAhead * kScaleBytes;
-      }
-      // The last steps, while places that are free take those of the next unit.
-      for (; first < range.steps; first += kAhead) {
+      };
+      const uint32_t scale = two_scales<0>(by, w.scale), scale_8 = two_scales<0>(by, w.scale_8);
+      const uint32_t odd = two_scales<1>(by, w.scale), odd_8 = two_scales<1>(by, w.scale_8);
+      unpack<false>(by, w.q[0], scale, scale_8, values);
+      add(0);
+      unpack<false>(by, w.q[1], odd, odd_8, values);
+      add(1);
+      unpack<true>(by, w.q[2], scale, scale_8, values);
+      add(2);
+      unpack<true>(by, w.q[3], odd, odd_8, values);
+      add(3);
+    };
+    const auto leave_sums = [&](float* of_unit) {
+      float* own = of_unit + warp * (kTokens * kSumPitch);
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-          if (first + i >= range.steps) break;
-          if (i % kRound == 0) begin_round();
-          multiply(weights[i], ring.at() + i % kRound * S::kTokenBytes);
-          if (first + i + kAhead < range.steps) {
-            weights[i].load(codes + i * kCodeBytes, scales + i * kScaleBytes);
-          } else if (i < next.steps) {
-            load(weights[i], next.piece, i);
-          }
-          if (i % kRound + 1 == kRound || first + i + 1 == range.steps) end_round();
+      for (int n = 0; n < kTokens / 8; ++n) {
+        if constexpr (kChains == 2) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sums[n * 2][i] += sums[n * 2 + 1][i];
         }
-        codes += kAhead * kCodeBytes;
-        scales += kAhead * kScaleBytes;
+        float* to = own + (n * 8 + lane % 4 * 2) * kSumPitch + lane / 4;
+        to[0] = sums[n * kChains][0];
+        to[kSumPitch] = sums[n * kChains][1];
+        to[8] = sums[n * kChains][2];
+        to[kSumPitch + 8] = sums[n * kChains][3];
       }
-    }
-    if (next.unit >= work.last_unit) let_kernel_after_start();
+#pragma unroll
+      for (int n = 0; n < kSets; ++n) sums[n][0] = sums[n][1] = sums[n][2] = sums[n][3] = 0.0f;
+    };
 
-    // Two places in turn: whoever writes one has met all who read the other.
-    float* of_unit = sums_at + range.unit % 2 * S::kUnitSums;
-    float* own = of_unit + warp * (kTokens * kSumPitch);
-#pragma unroll
-    for (int n = 0; n < kTokens / 8; ++n) {
-      if constexpr (kChains == 2) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums[n * 2][i] += sums[n * 2 + 1][i];
+    // A chunk of x after the other; a warp may have no pair of the last one.
+    const int own_chunks = (plan.pairs - group + plan.warps - 1) / plan.warps;
+    int left = own_chunks, slot = 0, place = 0;
+    uint32_t parity = 0, free_parity = 1;
+    int first_slot = 0;  // of the unit
+    uint32_t first_parity = 0;
+    bool gives = !stays || unit.ends_block(plan);
+    const auto give = [&] {
+      __syncwarp();
+      if (lane == 0) arrive(empty + slot * 8);
+    };
+    const auto advance = [&] {
+      if (++slot < plan.slots) return;
+      slot = 0;
+      parity ^= 1;
+    };
+    const auto end_unit = [&] {
+      wait(free_sums + place * 8, free_parity);
+      leave_sums(sums_at + place * kUnitSums);
+      __syncwarp();
+      if (lane == 0) arrive(left_sums + place * 8);
+      place ^= 1;
+      if (place == 0) free_parity ^= 1;
+      if (gives) {
+        if (own_chunks < plan.chunks) {
+          give();
+          advance();
+        }
+        if constexpr (kExperts) first_slot = slot, first_parity = parity;
+      } else {
+        slot = first_slot, parity = first_parity;
       }
-      float* to = own + (n * 8 + lane % 4 * 2) * kSumPitch + lane / 4;
-      to[0] = sums[n * kChains][0];
-      to[kSumPitch] = sums[n * kChains][1];
-      to[8] = sums[n * kChains][2];
-      to[kSumPitch + 8] = sums[n * kChains][3];
+      left = own_chunks;
+      unit.advance(plan);
+      gives = !stays || unit.ends_block(plan);
+    };
+    while (unit.left > 0) {
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (unit.left <= 0) break;
+        wait(full + slot * 8, parity);
+        const uint32_t from = slot * slot_bytes;
+        uint32_t x[2][kTokens / 8][2][4];
+        load_x(from, x[0]);
+        load_x(from + kStepBytes, x[1]);
+        multiply(weights[i][0], x[0], 0);
+        multiply(weights[i][1], x[1], kChains - 1);
+        ask(weights[i]);
+        if (gives) give();
+        advance();
+        if (--left == 0) end_unit();
+      }
     }
-    __syncthreads();
-    const int pieces = g.strips * (kStrip / kPieceRows);
-    const int piece = threadIdx.x % pieces, token = threadIdx.x / pieces, row = first_row(piece);
-    const int first_strip = range.unit % work.row_units * g.strips;
-    const Block block = work.block(range.unit);
-    if (token < min(block.end - block.begin, kTokens) && first_strip + piece / 2 < work.strips) {
+    return;
+  }
+
+  if (warp == kWarps) {
+    for (int i = lane; i < plan.slots; i += kWarp) {
+      barrier_init(full + i * 8, 1);
+      barrier_init(empty + i * 8, busy_warps);
+    }
+    if (lane == 0) {
+      for (int i = 0; i < kPlaces; ++i) {
+        barrier_init(left_sums + i * 8, busy_warps);
+        barrier_init(free_sums + i * 8, kFinishers);
+      }
+    }
+    barriers_ready();
+  } else {
+    // What the last pair has beyond the columns of x counts as 0. There is but one chunk then: nothing comes to lie there.
+    const int row_bytes = g.columns * 2, words = (plan.pairs * kPairBytes - row_bytes) / 16;
+    for (int i = threadIdx.x - (kWarps + 1) * kWarp; i < words * plan.slots * plan.slot_rows; i += kFinishers * kWarp) {
+      *reinterpret_cast<uint4*>(memory + i / words * plan.pitch + row_bytes + i % words * 16) = make_uint4(0, 0, 0, 0);
+    }
+  }
+  __syncthreads();
+  let_kernel_after_start();
+  wait_for_kernel_before();
+
+  Units unit = units_of_cta(g, plan);
+
+  if (warp == kWarps) {
+    const int64_t row_bytes = g.columns * 2;
+    int slot = 0;
+    uint32_t parity = 1;
+    for (bool fresh = true; unit.left > 0; unit.advance(plan)) {
+      const bool needed = fresh || !stays;
+      fresh = unit.ends_block(plan);
+      if (!needed) continue;
+      const Block block = block_of(g, unit.block);
+      const int rows = min(block.end - block.begin, plan.slot_rows);
+      const uint8_t* from = static_cast<const uint8_t*>(g.x);
+      if (lane < rows) from += row_bytes * (!kExperts || g.x_row == nullptr ? block.begin + lane : g.x_row[block.begin + lane]);
+      for (int chunk = 0; chunk < plan.chunks; ++chunk) {
+        const int whole = plan.warps * kPairBytes, first = chunk * whole;
+        const int bytes = min(whole, static_cast<int>(row_bytes) - first);
+        if (lane == 0) {
+          wait(empty + slot * 8, parity);
+          expect_bytes(full + slot * 8, rows * bytes);
+        }
+        __syncwarp();
+        if (lane < rows) copy_bulk(x_at + slot * slot_bytes + lane * plan.pitch, from + first, bytes, full + slot * 8);
+        if (++slot == plan.slots) slot = 0, parity ^= 1;
+      }
+    }
+    return;
+  }
+
+  const int thread = threadIdx.x - (kWarps + 1) * kWarp, pieces = g.strips * (kStrip / kPieceRows);
+  // What these threads make of a unit's sums. A first round, of which nothing is kept, brings code and scales.
+  const auto finish = [&](const float* sums, bool keep) {
+    const Block block = block_of(g, unit.block);
+    const int first_strip = unit.rows * g.strips;
+    for (int item = thread; item < (block.end - block.begin) * pieces; item += kFinishers * kWarp) {
+      const int token = item * plan.pieces_inverse >> 16, piece = item - token * pieces, row = first_row(piece);
+      if (first_strip + piece / 2 >= plan.strips) continue;
       const Piece finished(g, block.expert, first_strip * kStrip + row);
-      const float* from = of_unit + (piece / 2 * work.groups * kTokens + token) * kSumPitch + row % kStrip;
+      const float* from = sums + (piece / 2 * plan.warps * kTokens + token) * kSumPitch + row % kStrip;
       float total[kPieceRows], part[kPieceRows];
       load_sums(from, total);
-      for (int other = 1; other < work.groups; ++other) {
+      for (int other = 1; other < plan.warps; ++other) {
         load_sums(from + other * (kTokens * kSumPitch), part);
 #pragma unroll
         for (int i = 0; i < kPieceRows; ++i) total[i] += part[i];
       }
-      if (finished.inside) finished.finish(g, block.begin + token, total);
+      if (finished.inside && keep) finished.finish(g, block.begin + token, total);
     }
-    range = next;
+  };
+  if (unit.left > 0) finish(sums_at, false);
+  int place = 0;
+  uint32_t parity = 0;
+  for (; unit.left > 0; unit.advance(plan)) {
+    wait(left_sums + place * 8, parity);
+    finish(sums_at + place * kUnitSums, true);
+    __syncwarp();
+    if (lane == 0) arrive(free_sums + place * 8);
+    place ^= 1;
+    if (place == 0) parity ^= 1;
   }
+}
+
+constexpr int fixed_bytes(int tokens) {
+  return kPlaces * kWarps * tokens * kSumPitch * 4 + (kMostSlots + kPlaces) * 2 * 8;
 }
 
 template <int kTokens>
 cudaError_t launch(const Gemm& g, cudaStream_t stream) {
-  using S = Shape<kTokens>;
   int device = 0, multiprocessors = 0;
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
   if (const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)) {
@@ -318,21 +352,27 @@ cudaError_t launch(const Gemm& g, cudaStream_t stream) {
           cudaFuncSetAttribute(few<kTokens>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedMemory)) {
     return error;
   }
-  CUtensorMap map;
-  if (!map_of(g, kTokens, &map)) return cudaErrorInvalidValue;
-  const int strips = (kOutput == Output::gated ? 2 * g.outputs : g.outputs) / kStrip, groups = kWarps / g.strips;
-  const int64_t units = static_cast<int64_t>(g.block_limit) * ((strips + g.strips - 1) / g.strips);
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(units < multiprocessors ? units : multiprocessors));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = S::kFixed + groups * S::slots(g.steps, groups) * S::kSlotBytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, few<kTokens>, map, g);
+  Plan plan;
+  plan.strips = (kOutput == Output::gated ? 2 * g.outputs : g.outputs) / kStrip;
+  plan.row_units = (plan.strips + g.strips - 1) / g.strips;
+  plan.pairs = (g.steps + 1) / 2;
+  plan.warps = kWarps / g.strips < plan.pairs ? kWarps / g.strips : plan.pairs;
+  plan.warps_inverse = (256 + plan.warps - 1) / plan.warps;
+  const int pieces = g.strips * (kStrip / kPieceRows);
+  plan.pieces_inverse = (65536 + pieces - 1) / pieces;
+  plan.slot_rows = kExperts ? kTokens : g.rows;
+  plan.pitch = plan.warps * kPairBytes + 16;
+  const int slot_bytes = plan.slot_rows * plan.pitch, room = (kSharedMemory - fixed_bytes(kTokens)) / slot_bytes;
+  plan.chunks = (plan.pairs + plan.warps - 1) / plan.warps;
+  // Blocks that follow are brought while one is in use.
+  plan.slots = !kExperts && plan.chunks < room ? plan.chunks : room < kMostSlots ? room : kMostSlots;
+  if (g.columns % (2 * kStep) != 0 && plan.chunks > 1) return cudaErrorInvalidValue;
+  const int64_t units = static_cast<int64_t>(g.block_limit) * plan.row_units;
+  const int ctas = static_cast<int>(units < multiprocessors ? units : multiprocessors);
+  plan.units_each = plan.row_units / ctas;
+  plan.units_more = plan.row_units % ctas;
+  const dim3 grid(static_cast<unsigned>(ctas));
+  return launch_early(few<kTokens>, grid, kThreads, fixed_bytes(kTokens) + plan.slots * slot_bytes, stream, g, plan);
 }
 
 }  // namespace

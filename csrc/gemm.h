@@ -41,7 +41,8 @@ struct Gemm {
   const uint8_t* block_scale;  // [experts, row_tiles, steps, kScaleBytes]
   const float* decode_scale;   // [experts, weight rows]
   const float* token_scale;    // or null for 1
-  const int32_t* token_of;     // row of x -> its token_scale; null: the row itself
+  const int32_t* x_row;        // of few rows: row that is multiplied -> row of x; null: the row itself
+  const int32_t* token_of;     // row that is multiplied -> its token_scale; null: the row itself
   const void* bias;            // [outputs] or null
   Dtype bias_dtype;
   void* out;                 // [.., outputs]
@@ -110,9 +111,12 @@ struct Launch {
 // rows there are.
 Launch launch_of(int rows, int columns, int outputs, bool any_rows, int multiprocessors);
 
-// How many strips a CTA of few rows takes at once, so that all end together: of `strips` with `steps` each, for each of
-// `blocks` blocks of rows.
-int strips_at_once(int64_t strips, int64_t blocks, int64_t steps, int multiprocessors);
+// Whether the kernel for few rows takes x with as many columns: pairs of whole steps, or few enough to come at once.
+constexpr bool few_rows_take(int64_t columns) { return columns % (2 * kStep) == 0 || columns <= 16 * 2 * kStep; }
+
+// How many times 16 weight rows a CTA of few rows takes at once, so that all end together: of `strips` of them for each
+// of `blocks` blocks of rows of x.
+int strips_at_once(int64_t strips, int64_t blocks, int64_t columns, int multiprocessors);
 
 cudaError_t multiply(const Gemm& g, cudaStream_t stream);
 

@@ -215,15 +215,18 @@ EncodeTiled encode_tiled() {
   return function;
 }
 
-// x as boxes of `tokens` rows and 64 columns; what lies outside of x reads as 0.
-bool map_of(const Gemm& g, int tokens, CUtensorMap* map) {
-  const cuuint64_t shape[2] = {static_cast<cuuint64_t>(g.columns), static_cast<cuuint64_t>(g.rows)};
-  const cuuint64_t pitch[1] = {static_cast<cuuint64_t>(g.columns) * 2};
-  const cuuint32_t box[2] = {kStep, static_cast<cuuint32_t>(tokens)}, stride[2] = {1, 1};
+// x as boxes of 64 columns, `tokens` rows and `steps` times 64 columns on; what lies outside of x reads as 0. Steps overlap
+// in this view: several at once are for whole steps alone, as only the first dimension knows where a row ends.
+bool map_of(const Gemm& g, int tokens, int steps, CUtensorMap* map) {
+  const cuuint64_t shape[3] = {static_cast<cuuint64_t>(g.columns), static_cast<cuuint64_t>(g.rows),
+                               static_cast<cuuint64_t>(g.steps)};
+  const cuuint64_t pitch[2] = {static_cast<cuuint64_t>(g.columns) * 2, kStep * 2};
+  const cuuint32_t box[3] = {kStep, static_cast<cuuint32_t>(tokens), static_cast<cuuint32_t>(steps)};
+  const cuuint32_t stride[3] = {1, 1, 1};
   const auto type = kDtype == Dtype::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const EncodeTiled encode = encode_tiled();
   return encode != nullptr &&
-         encode(map, type, 2, const_cast<void*>(g.x), shape, pitch, box, stride, CU_TENSOR_MAP_INTERLEAVE_NONE,
+         encode(map, type, 3, const_cast<void*>(g.x), shape, pitch, box, stride, CU_TENSOR_MAP_INTERLEAVE_NONE,
                 CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }

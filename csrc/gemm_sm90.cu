@@ -233,7 +233,7 @@ __device__ __forceinline__ void bring_tokens(const Gemm& g, const CUtensorMap* m
     const Tile tile = tiles(g, index);
     for (int step = steps.first; step < steps.last; ++step, ring.advance()) {
       wait(ring.empty(), ring.parity ^ 1);
-      copy_box(ring.tokens(), map, step * kStep, tile.block.begin, ring.full());
+      copy_box(ring.tokens(), map, step * kStep, tile.block.begin, 0, ring.full());
     }
   }
 }
@@ -370,7 +370,7 @@ cudaError_t launch(const Gemm& g, cudaStream_t stream) {
   int multiprocessors = 0;
   if (const cudaError_t error = prepare<kTokens>(&multiprocessors)) return error;
   CUtensorMap map;
-  if (!map_of(g, kTokens, &map)) return cudaErrorInvalidValue;
+  if (!map_of(g, kTokens, 1, &map)) return cudaErrorInvalidValue;
   const int64_t tiles = static_cast<int64_t>(g.block_limit) * g.row_tiles;
   // A cluster that shares a tile takes one; the others stay for as many as there are.
   const int64_t clusters = g.split > 1 || tiles < multiprocessors ? tiles : multiprocessors;

@@ -16,16 +16,18 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
-int strips_at_once(int64_t strips, int64_t blocks, int64_t steps, int multiprocessors) {
-  constexpr int kWarps = 16;
-  constexpr double kUnit = 64;  // steps of a strip that it takes to begin a unit and to end it, on an H200
+int strips_at_once(int64_t strips, int64_t blocks, int64_t columns, int multiprocessors) {
+  constexpr int64_t kWarps = 16;
+  constexpr double kUnit = 0.5;  // pairs of steps that a warp could multiply while a unit begins and ends, on an H200
+  const int64_t pairs = ceil_div(columns, 2 * kStep);
   int best = 1;
   double least = 0;
   for (int at_once = 1; at_once <= 8; ++at_once) {
     const int64_t units = ceil_div(blocks * ceil_div(strips, at_once), multiprocessors);
-    const double busy = static_cast<double>(kWarps / at_once * at_once) / kWarps;  // of the warps
-    const double cost = static_cast<double>(units) * (static_cast<double>(at_once * steps) / busy + kUnit);
-    if (at_once == 1 || cost <= least) {
+    const int64_t warps = kWarps / at_once < pairs ? kWarps / at_once : pairs;
+    if (columns % (2 * kStep) != 0 && warps < pairs) break;  // x has to come at once
+    const double cost = static_cast<double>(units) * (static_cast<double>(ceil_div(pairs, warps)) + kUnit);
+    if (at_once == 1 || cost < least) {
       best = at_once;
       least = cost;
     }
@@ -35,8 +37,8 @@ int strips_at_once(int64_t strips, int64_t blocks, int64_t steps, int multiproce
 
 Launch launch_of(int rows, int columns, int outputs, bool any_rows, int multiprocessors) {
   const int64_t row_tiles = ceil_div(outputs, kRowTile), steps = ceil_div(columns, kStep);
-  if (rows <= 16 && !any_rows) {
-    return {rows <= 8 ? 8 : 16, 1, strips_at_once(ceil_div(outputs, 16), 1, steps, multiprocessors)};
+  if (rows <= 16 && !any_rows && few_rows_take(columns)) {
+    return {rows <= 8 ? 8 : 16, 1, strips_at_once(ceil_div(outputs, 16), 1, columns, multiprocessors)};
   }
   // What a step of a tile takes, and what it takes to add the sums of a cluster, in microseconds on an H200.
   constexpr struct {

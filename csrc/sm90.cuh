@@ -9,6 +9,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace fos::cuda::sm90 {
 
@@ -53,6 +54,9 @@ __device__ __forceinline__ void expect_bytes(uint32_t barrier, uint32_t bytes) {
 __device__ __forceinline__ void arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+__device__ __forceinline__ void arrive(uint32_t barrier, int times) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(times) : "memory");
+}
 
 __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
   uint32_t done;
@@ -77,13 +81,13 @@ __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_
                : "memory");
 }
 
-// The box of the map that begins at (column, row).
-__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, int column, int row,
+// The box of the map that begins at (column, row, step).
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, int column, int row, int step,
                                          uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
           to),
-      "l"(map), "r"(column), "r"(row), "r"(barrier)
+      "l"(map), "r"(column), "r"(row), "r"(step), "r"(barrier)
       : "memory");
 }
 
@@ -107,6 +111,23 @@ __device__ __forceinline__ void take_registers() {
 __device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void let_kernel_after_start() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// Launches a kernel whose CTAs may start before the kernel before it has ended: it says itself what waits.
+template <class... Arguments>
+cudaError_t launch_early(void (*kernel)(Arguments...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
+                         const std::type_identity_t<Arguments>&... arguments) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 // --- mma.sync: D [16, 8] += A [16, 16] * B [16, 8], of a warp, all in registers, fp32 sums ---

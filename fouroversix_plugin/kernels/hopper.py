@@ -20,9 +20,9 @@ from fouroversix_plugin.reference import Activation
 DTYPES: Final = (torch.bfloat16, torch.float16)
 
 _ACTIVATIONS: Final = get_args(Activation)
-_TILE_ROWS: Final = (8, 32, 64, 128)
-_FEW_SLOTS: Final = 32
-"""Up to as many, the kernel for few rows is the faster one: experts hit do not fill the multiprocessors."""
+_TILE_ROWS: Final = (8, 16, 32, 64, 128)
+_FEW_ROWS: Final = 16
+"""Tiles of as many rows are the kernel's for few rows, which finds them anywhere in x."""
 
 _batch_invariant = False
 
@@ -118,34 +118,40 @@ def moe(
         topk_ids = topk_ids.int()
     topk_weights = topk_weights.float()
     on_input = apply_router_weight_on_input
-    tokens = _rows_of_a_tile(topk_ids.numel(), experts)
+    slots = topk_ids.numel()
+    tokens = _rows_of_a_tile(slots, experts, hidden, half)
     slot_of_row, token_of_row, blocks, in_use = kernels.route(topk_ids, experts, tokens)
     token_scale = None
     if activations is not None and not on_input:
         x, token_scale = native.quantize_values(x, activations, input_amax, False)
-    rows = kernels.gather(x, token_of_row, slot_of_row, in_use, topk_weights if on_input else None)
+    x_row = token_of_row if tokens <= _FEW_ROWS and not on_input else None
+    rows = (
+        x
+        if x_row is not None
+        else kernels.gather(x, token_of_row, slot_of_row, in_use, topk_weights if on_input else None)
+    )
     scale_of: Tensor | None = token_of_row
     if activations is not None and on_input:
         rows, token_scale = native.quantize_values(rows, activations, input_amax, False)
         scale_of = None
     inner = kernels.multiply_experts(
-        rows, w13, w13_block_scale, w13_decode_scale, token_scale, scale_of, None, blocks, in_use, half, True,
-        _ACTIVATIONS.index(activation), tokens,
+        rows, w13, w13_block_scale, w13_decode_scale, token_scale, x_row, scale_of, None, blocks, in_use, slots, half,
+        True, _ACTIVATIONS.index(activation), tokens,
     )  # fmt: skip
     inner_scale = None
     if activations is not None:
         inner, inner_scale = native.quantize_values(inner, activations, inner_amax, False)
-    slots = kernels.multiply_experts(
-        inner, w2, w2_block_scale, w2_decode_scale, inner_scale, None, slot_of_row, blocks, in_use, hidden, False,
-        0, tokens,
+    products = kernels.multiply_experts(
+        inner, w2, w2_block_scale, w2_decode_scale, inner_scale, None, None, slot_of_row, blocks, in_use, slots, hidden,
+        False, 0, tokens,
     )  # fmt: skip
-    out: Tensor = kernels.combine(slots, None if on_input else topk_weights, topk_ids, experts, x.dtype)
+    out: Tensor = kernels.combine(products, None if on_input else topk_weights, topk_ids, experts, x.dtype)
     return out
 
 
-def _rows_of_a_tile(slots: int, experts: int) -> int:
+def _rows_of_a_tile(slots: int, experts: int, *columns: int) -> int:
     """Rows of x that a tile multiplies: about all that an expert has, so that its weights are read once."""
-    if slots <= _FEW_SLOTS and not _batch_invariant:
-        return _TILE_ROWS[0]
-    expected = slots / experts
-    return next((rows for rows in _TILE_ROWS[1:] if rows >= 1.5 * expected), _TILE_ROWS[-1])
+    # The kernel for few rows shares out a sum as suits their number, and holds whole pairs of steps or one piece of x.
+    few = not _batch_invariant and all(k % 128 == 0 or k <= 2048 for k in columns)
+    fitting = (rows for rows in _TILE_ROWS if rows >= 1.5 * slots / experts and (few or rows > _FEW_ROWS))
+    return next(fitting, _TILE_ROWS[-1])
