@@ -6,6 +6,8 @@ gsm8k.py writes), ``phases`` (seconds by name) and ``failed`` (why there is noth
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import log, sqrt
+from statistics import geometric_mean, stdev
 from typing import Any, NamedTuple
 
 from divergence_statistics import Estimate, ratio
@@ -23,6 +25,8 @@ CONFIGURATIONS = {
 AIM = 0.90
 """Mean KL of 4over6 over that of plain NVFP4: at most this, with an interval below 1."""
 AIMED = "nvfp4_4over6"
+ORDER = "-order-"
+"""In the name of a model that is another one with its channels in another order (demo_model.py --order)."""
 
 Entry = Mapping[str, Any]
 Result = Mapping[str, Any]
@@ -40,6 +44,28 @@ class Ratio(NamedTuple):
     def met(self) -> bool | None:
         """None for recipes that nothing is expected of."""
         return (self.kl.value <= AIM and self.kl.high < 1) if self.recipe == AIMED else None
+
+
+class Spread(NamedTuple):
+    """Ratios of one network in several channel orders. Documents do not show this: one order is one rounding."""
+
+    model: str
+    scheme: str
+    recipe: str
+    ratios: list[float]
+
+    @property
+    def mean(self) -> float:
+        """Geometric."""
+        return geometric_mean(self.ratios)
+
+    @property
+    def standard_error(self) -> float:
+        return self.mean * stdev(map(log, self.ratios)) / sqrt(len(self.ratios))
+
+    @property
+    def met(self) -> bool | None:
+        return (self.mean <= AIM and self.mean + 2 * self.standard_error < 1) if self.recipe == AIMED else None
 
 
 def entries(result: Result, model: str) -> dict[str, Entry]:
@@ -65,11 +91,34 @@ def kl_ratios(result: Result) -> list[Ratio]:
     return found
 
 
+def spreads(found: Sequence[Ratio]) -> list[Spread]:
+    """Of every network that was measured in several channel orders."""
+    groups: dict[tuple[str, str, str], list[float]] = {}
+    for one in found:
+        groups.setdefault((one.model.partition(ORDER)[0], one.scheme, one.recipe), []).append(one.kl.value)
+    return [Spread(*key, ratios) for key, ratios in groups.items() if len(ratios) > 1]
+
+
+def verdicts(result: Result) -> list[bool]:
+    """Whether each aim was met: over the orders of a network's channels, where there are several."""
+    found = kl_ratios(result)
+    over_orders = spreads(found)
+    ordered = {(one.model, one.scheme) for one in over_orders}
+    alone = [one for one in found if (one.model.partition(ORDER)[0], one.scheme) not in ordered]
+    met = [*(one.met for one in over_orders), *(one.met for one in alone)]
+    return [one for one in met if one is not None]
+
+
 def report(result: Result) -> str:
     """Markdown."""
     parts = [_about(result), *(f"**{model}**\n\n{_model_table(entries(result, model))}" for model in models(result))]
     if found := kl_ratios(result):
         parts.append(f"Mean KL over that of plain NVFP4, documents resampled in pairs:\n\n{_ratio_table(found)}")
+    if over_orders := spreads(found):
+        parts.append(
+            "The same over the orders of a network's channels, each of which is another rounding of one function:\n\n"
+            f"{_spread_table(over_orders)}"
+        )
     if rows := list(_flips(result)):
         header = ["GSM8K against BF16", "points", "wrong to right", "right to wrong", "McNemar's exact p"]
         parts.append(table(header, rows))
@@ -137,6 +186,22 @@ def _ratio_table(found: Sequence[Ratio]) -> str:
         for one in found
     ]
     return table(["", "ratio", "aim", "met"], rows)
+
+
+def _spread_table(found: Sequence[Spread]) -> str:
+    rows = [
+        [
+            f"{one.model}, {one.scheme.upper()}, {RECIPES[one.recipe]}",
+            f"{one.mean:.3f}",
+            f"{one.standard_error:.3f}",
+            f"{min(one.ratios):.3f} to {max(one.ratios):.3f}",
+            str(len(one.ratios)),
+            f"at most {AIM:.2f}" if one.met is not None else "-",
+            {True: "yes", False: "NO", None: "-"}[one.met],
+        ]
+        for one in found
+    ]
+    return table(["", "mean ratio", "standard error", "range", "orders", "aim", "met"], rows)
 
 
 def _flips(result: Result) -> Iterator[list[str]]:
