@@ -31,6 +31,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import versions
 from accuracy_report import CONFIGURATIONS, REFERENCE, label, report, verdicts
 from accuracy_worker import ANSWERS, PHASES, SCORES, write
@@ -219,7 +220,8 @@ def divergence(reference: Path, candidate: Path, seed: int) -> dict[str, Any]:
 def build_entries(options: argparse.Namespace, jobs: list[Job], failures: dict[Job, str]) -> Iterator[dict[str, Any]]:
     references = {job.model: job.folder / SCORES for job in jobs if job.configuration == REFERENCE}
     # Minutes for one process where solutions are many; spawned, since torch's threads do not survive a fork.
-    with ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1), get_context("spawn")) as pool:
+    workers = min(len(jobs), os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         running = {
             job: pool.submit(divergence, references[job.model], job.folder / SCORES, options.seed)
             for job in jobs
@@ -239,8 +241,6 @@ def build_entries(options: argparse.Namespace, jobs: list[Job], failures: dict[J
 
 
 async def measure(options: argparse.Namespace) -> int:
-    import torch
-
     cuda = torch.cuda.is_available()
     jobs = build_jobs(options, cuda=cuda)
     measurement = Measurement(options, jobs)
