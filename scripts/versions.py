@@ -3,7 +3,7 @@
 import platform
 from importlib import metadata
 
-NAMES = ("fouroversix-plugin", "vllm", "torch", "transformers", "httpx")
+NAMES = ("fouroversix-plugin", "vllm", "sglang", "torch", "transformers", "httpx")
 
 
 def installed() -> dict[str, str]:

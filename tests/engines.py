@@ -5,11 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from conftest import ROOT
+from divergence_scores import Document
 from safetensors.torch import load_file, save_file
 
 import fouroversix_plugin as fos
@@ -36,10 +38,14 @@ def options(recipe: str, **more: Any) -> dict[str, Any]:
 
 
 def run_engine(
-    folder: Path, jobs: dict[str, dict[str, Any]], prompts: list[list[int]], **environment: str
+    folder: Path,
+    jobs: dict[str, dict[str, Any]],
+    prompts: list[list[int]],
+    documents: Sequence[Document] = (),
+    **environment: str,
 ) -> dict[str, Any]:
     request, out = folder / "request.json", folder / "results.json"
-    request.write_text(json.dumps({"prompts": prompts, "jobs": jobs}))
+    request.write_text(json.dumps({"prompts": prompts, "documents": documents, "jobs": jobs}))
     command = [sys.executable, str(ROOT / "tests" / "vllm_worker.py"), str(request), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -18,6 +18,7 @@ import bench_serve
 import bench_serve_models as models
 import bench_serve_report as serve_report
 import bench_timing
+import engine_process
 import pytest
 import torch
 from bench_gemm_report import Dense, Moe
@@ -354,8 +355,8 @@ def test_arguments_of_the_engine() -> None:
 
 
 def test_a_checkout_that_is_not_installed_is_unknown_to_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_serve.metadata, "entry_points", lambda group: ())
-    environment = os.environ | bench_serve.plugin_environment(tmp_path)
+    monkeypatch.setattr(engine_process.metadata, "entry_points", lambda group: ())
+    environment = os.environ | engine_process.plugin_environment(tmp_path)
     program = (
         "import sys; from importlib.metadata import distributions\n"
         "(found,) = (d for d in distributions(path=sys.path[1:2]) if d.name == 'fouroversix-plugin')\n"

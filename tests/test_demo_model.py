@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import demo_model
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -41,3 +42,19 @@ def test_moe_has_the_dense_distributions_and_routes_by_token(
         assert (chosen // 2 == torch.arange(8)).all(), "one expert of each pair"
         assert len(chosen.unique(dim=0)) > 8, "different experts for different tokens"
         assert len(chosen.unique()) > 12, "nearly all experts in use"
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["dense", "moe"])
+@torch.no_grad()
+def test_channels_in_another_order_are_the_same_function(
+    models: tuple[Path, Path], tmp_path: Path, prompts: list[torch.Tensor], kind: int
+) -> None:
+    other = demo_model.reordered(models[kind], tmp_path, 1)
+    one, two = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (models[kind], other))
+    assert not torch.equal(*(model.model.norm.weight for model in (one, two)))
+    p, q = (model(prompts[1]).logits.log_softmax(-1) for model in (one, two))
+    assert (p - q).abs().max() < 1e-3
+    assert (
+        AutoTokenizer.from_pretrained(other)("a b")["input_ids"]
+        == AutoTokenizer.from_pretrained(models[0])("a b")["input_ids"]
+    )

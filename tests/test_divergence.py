@@ -520,7 +520,7 @@ class LLM:
             raise OSError("no such model")
         assert enforce_eager
         self.seed, self.max_logprobs = seed, max_logprobs
-        config = SimpleNamespace(get_vocab_size=lambda: 40, quantization="nvfp4_4over6")
+        config = SimpleNamespace(model=model, get_vocab_size=lambda: 40, quantization="nvfp4_4over6")
         self.llm_engine = SimpleNamespace(model_config=config)
 
     def get_tokenizer(self):

@@ -57,6 +57,29 @@ def test_the_rules_find_what_lm_eval_finds(text: str, strict: str | None, flexib
     assert (gsm8k_answers.strict(text), gsm8k_answers.flexible(text)) == (strict, flexible)
 
 
+def test_grades_are_those_of_lm_eval_itself() -> None:
+    """Its task's own filters and metric; only numbers written in two ways, as 18.0 for 18, are equal here alone."""
+    lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install '.[lm-eval]')")
+    import yaml
+    from lm_eval.api.metrics import exact_match_fn
+    from lm_eval.filters.extraction import RegexFilter
+
+    task = yaml.safe_load((Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k.yaml").read_text())
+    assert tuple(task["generation_kwargs"]["until"]) == gsm8k_answers.STOPS
+    (metric,) = task["metric_list"]
+    rules = {key: metric[key] for key in ("ignore_case", "ignore_punctuation", "regexes_to_ignore")}
+    for text, *_ in LM_EVAL:
+        for gold in ("5", "18", "4", "1,234", "1234.50", "20"):
+            graded = gsm8k_answers.grade(text, gold)
+            for chain, ours in zip(task["filter_list"], (graded.strict_correct, graded.correct), strict=True):
+                (regex, _) = chain["filter"]
+                found = RegexFilter(**{k: v for k, v in regex.items() if k != "function"}).apply([[text]], [{}])[0]
+                theirs = exact_match_fn(predictions=found, references=[f"So it is\n#### {gold}"], **rules)[
+                    "exact_match"
+                ]
+                assert bool(theirs) == ours or (ours and found[0].rstrip(".") != gold), (text, gold, chain["name"])
+
+
 @pytest.mark.parametrize(
     ("text", "gold", "outcome"),
     [

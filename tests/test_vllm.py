@@ -13,9 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import accuracy
 import pytest
 import torch
+from accuracy_worker import quantization_config
 from conftest import assert_close
+from divergence_scores import Document
 from engines import SMALL, concatenated, dequantized, flat, options, run_engine, stored
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -38,6 +41,14 @@ TEXTS = [
     "at a lower temperature and an egg takes longer to cook there than on the coast.",
 ]
 LAYER = "model.layers.3"
+TOP = 100
+# Mean KL from BF16 over this repository's license, the TOP most likely tokens known; other batches move it by 0.5 %.
+BANDS = {
+    "dense online": (0.277, 0.301),
+    "dense online W4A4": (0.462, 0.512),
+    "moe online": (0.288, 0.313),
+    "moe stored W4A4": (0.478, 0.527),
+}
 
 
 # --- SmolLM2, dense and as a mixture of experts ---
@@ -66,9 +77,17 @@ def smollm2(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
         "model": str(models[0]),
         "options": options("w4a16", ignore=["lm_head", "model.layers.[0-4].self_attn.[qkv]_proj", "*.gate_up_proj"]),
     }
+    jobs["dense BF16"] = {"model": str(models[0])}
+    for scheme in ("w4a16", "w4a4"):
+        plain = {"quantization_config": quantization_config(f"nvfp4-{scheme}")}
+        jobs[f"dense plain {scheme}"] = {"model": str(models[0]), "options": {"hf_overrides": plain}}
+    for name in ("dense BF16", "dense plain w4a16", "dense plain w4a4", *BANDS):
+        jobs[name] |= {"top": TOP, "options": {**jobs[name].get("options", {}), "max_logprobs": TOP}}
     tokenizer = AutoTokenizer.from_pretrained(models[0])
     prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
-    return {"folder": folder, "prompts": prompts, **run_engine(folder, jobs, prompts)}
+    license = tokenizer((ROOT / "LICENSE").read_text())["input_ids"]
+    documents = [Document(license[i : i + 128], 1) for i in range(0, len(license), 128)]
+    return {"folder": folder, "prompts": prompts, **run_engine(folder, jobs, prompts, documents)}
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
@@ -87,6 +106,27 @@ def test_w4a16_is_further_from_exact_than_bf16_rounding(smollm2: dict[str, Any],
     )
     assert ours < 1.6 * bf16
     assert w4a4 > 3 * bf16, "the bound above means nothing if quantized activations would pass it"
+
+
+@pytest.mark.parametrize("served", BANDS)
+def test_accuracy_regressed(smollm2: dict[str, Any], served: str) -> None:
+    low, high = BANDS[served]
+    assert low < mean_kl(smollm2, served) < high
+
+
+def test_the_bands_hold_plain_nvfp4_too(smollm2: dict[str, Any]) -> None:
+    for scheme, served in (("w4a16", "dense online"), ("w4a4", "dense online W4A4")):
+        assert mean_kl(smollm2, f"dense plain {scheme}") > 1.05 * BANDS[served][1]
+
+
+def mean_kl(smollm2: dict[str, Any], name: str) -> float:
+    """From the dense model in BF16, which the mixture of experts has the distributions of."""
+    for job in ("dense BF16", name):
+        flat(smollm2[job])
+    reference, candidate = (smollm2["folder"] / f"{job}.scores.safetensors" for job in ("dense BF16", name))
+    figures = accuracy.divergence(reference, candidate, 0)["figures"]
+    print(name, figures)  # A failed test shows it.
+    return float(figures["mean_kl"]["value"])
 
 
 @torch.no_grad()

@@ -1,9 +1,11 @@
 """Runs vLLM for the tests in a process of its own: ``vllm_worker.py REQUEST OUT``.
 
-REQUEST is JSON: {"prompts": token ids, "jobs": {name: {"model": folder, "options": arguments of LLM, "capture": layer
-names, "tokens": how many to generate, "fp4_units": whether linear weights are prepared as for Blackwell}}}. OUT gets
-{name: {"logprobs" and "tokens": one list a prompt, "log": our log lines, "most_held": full-precision layers held at
-once} or {"error": text}}; captured layers' first inputs and outputs go to NAME.safetensors beside it.
+REQUEST is JSON: {"prompts": token ids, "documents": token ids and the first of them that is scored, "jobs": {name:
+{"model": folder, "options": arguments of LLM, "capture": layer names, "tokens": how many to generate, "top": how many
+log-probabilities of the documents to keep, "fp4_units": whether linear weights are prepared as for Blackwell}}}. OUT
+gets {name: {"logprobs" and "tokens": one list a prompt, "log": our log lines, "most_held": full-precision layers held
+at once} or {"error": text}}; captured layers' first inputs and outputs go to NAME.safetensors beside it, the documents'
+scores to NAME.scores.safetensors.
 """
 
 import json
@@ -22,7 +24,11 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
 }
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
+
 import torch
+from divergence_scores import Document
+from divergence_sources import Request, score_with_engine
 from log_lines import Lines
 from safetensors.torch import save_file
 from vllm import LLM, SamplingParams
@@ -105,7 +111,7 @@ def fp4_units(there: bool) -> Iterator[None]:
         ops.prepare_weight = original
 
 
-def run(job: dict[str, Any], prompts: list[list[int]], watch: Watch) -> dict[str, Any]:
+def run(job: dict[str, Any], request: dict[str, Any], watch: Watch, scores: Path) -> dict[str, Any]:
     lines, llm = Lines(), None
     logger = logging.getLogger("fouroversix_plugin")
     logger.addHandler(lines)
@@ -116,12 +122,16 @@ def run(job: dict[str, Any], prompts: list[list[int]], watch: Watch) -> dict[str
         parameters = SamplingParams(
             temperature=0, max_tokens=job.get("tokens", 1), ignore_eos=True, prompt_logprobs=0, detokenize=False
         )
-        outputs = llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], parameters, use_tqdm=False)
+        prompts = [TokensPrompt(prompt_token_ids=prompt) for prompt in request["prompts"]]
+        outputs = llm.generate(prompts, parameters, use_tqdm=False)
         logprobs = [
             [at[token].logprob for at, token in zip(o.prompt_logprobs[1:], o.prompt_token_ids[1:], strict=True)]
             for o in outputs
         ]
         tokens = [list(o.outputs[0].token_ids) for o in outputs]
+        if "top" in job:
+            documents = tuple(Document(tuple(ids), start) for ids, start in request["documents"])
+            score_with_engine(llm, Request((), documents, job["top"], 0, None, 0), scores, {"source": job["model"]})
         return {"logprobs": logprobs, "tokens": tokens, "log": lines.lines, "most_held": watch.most_held}
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
@@ -137,7 +147,7 @@ def main(request_file: Path, out: Path) -> None:
     results = {}
     for name, job in request["jobs"].items():
         with fp4_units(job.get("fp4_units", False)):
-            results[name] = run(job, request["prompts"], watch)
+            results[name] = run(job, request, watch, out.with_name(f"{name}.scores.safetensors"))
         if watch.captured:
             save_file(watch.captured, out.with_name(f"{name}.safetensors"))
     out.write_text(json.dumps(results))
