@@ -13,11 +13,9 @@ int int_of(int64_t value) {
   return static_cast<int>(value);
 }
 
-int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
 int row_tiles_of(int rows, bool gated) {
   // Gate and up are padded apart.
-  return ceil_div(gated ? rows / 2 : rows, gated ? cuda::kRowTile / 2 : cuda::kRowTile);
+  return int_of(ceil_div(gated ? rows / 2 : rows, gated ? cuda::kRowTile / 2 : cuda::kRowTile));
 }
 
 int multiprocessors() {
@@ -49,7 +47,7 @@ std::tuple<Tensor, Tensor> to_tiles(Tensor packed, Tensor block_scale, bool gate
                   " columns and ", block_scale.numel(), " block scales, needed one for each 16");
   s.gated = gated;
   s.tiles = row_tiles_of(s.rows, gated);
-  s.steps = ceil_div(s.columns, cuda::kStep);
+  s.steps = int_of(ceil_div(s.columns, cuda::kStep));
   shape.insert(shape.end(), {s.tiles, s.steps, cuda::kCodeBytes});
   Tensor codes = torch::stable::new_empty(packed, shape, ScalarType::Byte);
   shape.back() = cuda::kScaleBytes;
@@ -75,7 +73,7 @@ std::tuple<Tensor, Tensor> from_tiles(Tensor codes, Tensor block_scale, int64_t 
   s.columns = int_of(columns);
   s.gated = gated;
   s.tiles = row_tiles_of(s.rows, gated);
-  s.steps = ceil_div(s.columns, cuda::kStep);
+  s.steps = int_of(ceil_div(s.columns, cuda::kStep));
   const int64_t pieces = static_cast<int64_t>(s.experts) * s.tiles * s.steps;
   STD_TORCH_CHECK(codes.numel() == pieces * cuda::kCodeBytes && block_scale.numel() == pieces * cuda::kScaleBytes,
                   "codes: got ", codes.numel(), " bytes, needed ", pieces * cuda::kCodeBytes);
@@ -120,7 +118,7 @@ cuda::Gemm describe(Tensor& x, Tensor& codes, Tensor& block_scale, Tensor& decod
   const bool gated = output == cuda::Output::gated;
   const int64_t weight_rows = gated ? 2 * outputs : outputs, experts = decode_scale.numel() / weight_rows;
   g.row_tiles = row_tiles_of(int_of(weight_rows), gated);
-  g.steps = ceil_div(g.columns, cuda::kStep);
+  g.steps = int_of(ceil_div(g.columns, cuda::kStep));
   const int64_t pieces = experts * g.row_tiles * g.steps;
   STD_TORCH_CHECK(decode_scale.numel() == experts * weight_rows && codes.numel() == pieces * cuda::kCodeBytes &&
                       block_scale.numel() == pieces * cuda::kScaleBytes,
@@ -158,15 +156,16 @@ Tensor linear(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, O
   g.out = out.data_ptr();
   cuda::Launch launch = {int_of(tokens), int_of(split), int_of(strips)};
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  if (tokens == 0) launch = cuda::launch_of(g.rows, g.columns, g.outputs, any_rows, multiprocessors());
+  g.multiprocessors = multiprocessors();
+  if (tokens == 0) launch = cuda::launch_of(g.rows, g.columns, g.outputs, any_rows, g.multiprocessors);
   STD_TORCH_CHECK(launch.split >= 1 && launch.split <= 8, "split: got ", launch.split, ", needed 1 to 8");
   STD_TORCH_CHECK(launch.strips >= 1 && launch.strips <= 8, "strips: got ", launch.strips, ", needed 1 to 8");
   g.tokens = launch.tokens;
   g.split = launch.split;
-  g.split_steps = ceil_div(g.steps, g.split);
-  g.split = ceil_div(g.steps, g.split_steps);  // nobody without a step
+  g.split_steps = int_of(ceil_div(g.steps, g.split));
+  g.split = int_of(ceil_div(g.steps, g.split_steps));  // nobody without a step
   g.strips = launch.strips;
-  g.block_limit = ceil_div(g.rows, g.tokens);
+  g.block_limit = int_of(ceil_div(g.rows, g.tokens));
   check_launch(cuda::multiply(g, current_stream(x)));
   return out;
 }
@@ -249,10 +248,9 @@ Tensor multiply_experts(Tensor x, Tensor codes, Tensor block_scale, Tensor decod
   Tensor out = torch::stable::new_empty(x, {rows, outputs}, gated ? x.scalar_type() : ScalarType::Float);
   g.out = out.data_ptr();
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  if (g.tokens <= 16) {
-    g.strips = cuda::strips_at_once(ceil_div(gated ? 2 * g.outputs : g.outputs, 16), g.block_limit,
-                                    g.columns, multiprocessors());
-  }
+  g.multiprocessors = multiprocessors();
+  g.strips = cuda::strips_at_once(ceil_div(gated ? 2 * g.outputs : g.outputs, 16), g.block_limit, g.columns,
+                                  g.multiprocessors);
   check_launch(cuda::multiply(g, current_stream(x)));
   return out;
 }

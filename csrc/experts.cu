@@ -1,16 +1,13 @@
 // What a mixture of experts needs around its two products: rows sorted by expert, and the sum over a token's slots.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "gemm.h"
 #include "sm90.cuh"
+#include "values.cuh"
 
 namespace fos::cuda {
 namespace {
 
 using namespace sm90;
 
-constexpr int kWarp = 32;
 constexpr int kRouteThreads = 1024;
 constexpr int kCopyThreads = 128;
 constexpr int kSumThreads = 128;
@@ -70,11 +67,6 @@ __global__ void __launch_bounds__(kRouteThreads) sort_slots(const Route r) {
     r.token_of_row[row] = slot / r.top_k;
   }
 }
-
-__device__ __forceinline__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
-__device__ __forceinline__ float widen(__half v) { return __half2float(v); }
-__device__ __forceinline__ void round_to(float v, __nv_bfloat16& to) { to = __float2bfloat16_rn(v); }
-__device__ __forceinline__ void round_to(float v, __half& to) { to = __float2half_rn(v); }
 
 // A CTA a row of the result: the row of its token, times the weight of its slot where weights are given.
 template <class Value>

@@ -11,15 +11,10 @@
 // How weights become 16-bit numbers, and sums results, is in gemm_parts.cuh.
 #include "gemm_parts.cuh"
 
-#define FOS_PASTE_(a, b, c, d) a##b##c##d
-#define FOS_PASTE(a, b, c, d) FOS_PASTE_(a, b, c, d)
-#define FOS_MULTIPLY FOS_PASTE(multiply_few_, FOS_DTYPE, _, FOS_OUTPUT)
-
 namespace fos::cuda {
 namespace {
 
 constexpr bool kExperts = kOutput != Output::linear;
-constexpr int kWarp = 32;
 constexpr int kWarps = 16;  // that multiply
 constexpr int kFinishers = 2;
 constexpr int kThreads = (kWarps + 1 + kFinishers) * kWarp;
@@ -31,7 +26,6 @@ constexpr int kStepBytes = kStep * 2, kPairBytes = 2 * kStepBytes;              
 constexpr int kSumPitch = kStrip + 4;  // sums of a token; neither side meets a bank twice
 constexpr int kPlaces = 2;             // for the sums of units
 constexpr int kMostSlots = 128;
-constexpr int kSharedMemory = 227 * 1024;
 
 // How the strips of a weight, or of an expert's, and their columns are dealt.
 struct Plan {
@@ -343,15 +337,7 @@ constexpr int fixed_bytes(int tokens) {
 
 template <int kTokens>
 cudaError_t launch(const Gemm& g, cudaStream_t stream) {
-  int device = 0, multiprocessors = 0;
-  if (const cudaError_t error = cudaGetDevice(&device)) return error;
-  if (const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)) {
-    return error;
-  }
-  if (const cudaError_t error =
-          cudaFuncSetAttribute(few<kTokens>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedMemory)) {
-    return error;
-  }
+  if (const cudaError_t error = allow_shared_memory<few<kTokens>>(kSharedMemory)) return error;
   Plan plan;
   plan.strips = (kOutput == Output::gated ? 2 * g.outputs : g.outputs) / kStrip;
   plan.row_units = (plan.strips + g.strips - 1) / g.strips;
@@ -368,7 +354,7 @@ cudaError_t launch(const Gemm& g, cudaStream_t stream) {
   plan.slots = !kExperts && plan.chunks < room ? plan.chunks : room < kMostSlots ? room : kMostSlots;
   if (g.columns % (2 * kStep) != 0 && plan.chunks > 1) return cudaErrorInvalidValue;
   const int64_t units = static_cast<int64_t>(g.block_limit) * plan.row_units;
-  const int ctas = static_cast<int>(units < multiprocessors ? units : multiprocessors);
+  const int ctas = static_cast<int>(units < g.multiprocessors ? units : g.multiprocessors);
   plan.units_each = plan.row_units / ctas;
   plan.units_more = plan.row_units % ctas;
   const dim3 grid(static_cast<unsigned>(ctas));
@@ -377,7 +363,7 @@ cudaError_t launch(const Gemm& g, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t FOS_MULTIPLY(const Gemm& g, cudaStream_t stream) {
+cudaError_t FOS_PRODUCT(multiply_few_)(const Gemm& g, cudaStream_t stream) {
   return g.tokens == 8 ? launch<8>(g, stream) : launch<16>(g, stream);
 }
 

@@ -56,6 +56,7 @@ struct Gemm {
   int split;   // CTAs of a cluster that share the columns of a tile, 1 to 8; 1 of experts and of few rows
   int split_steps;  // steps of each of them, but for the last
   int strips;  // of few rows: how many times 16 weight rows a CTA takes at once, 1 to 8
+  int multiprocessors;  // of the device
 };
 
 // A packed weight and its tiles.

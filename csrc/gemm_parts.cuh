@@ -11,6 +11,12 @@
 
 #include "gemm.h"
 #include "sm90.cuh"
+#include "values.cuh"
+
+// PREFIX_DTYPE_OUTPUT, as gemm.h declares what is compiled.
+#define FOS_PASTE_(a, b, c, d) a##b##c##d
+#define FOS_PASTE(a, b, c, d) FOS_PASTE_(a, b, c, d)
+#define FOS_PRODUCT(prefix) FOS_PASTE(prefix, FOS_DTYPE, _, FOS_OUTPUT)
 
 namespace fos::cuda {
 namespace {
@@ -114,13 +120,7 @@ struct Packed {
   }
 };
 
-
 // --- from sums to results ---
-
-__device__ __forceinline__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
-__device__ __forceinline__ float widen(__half v) { return __half2float(v); }
-__device__ __forceinline__ void round_to(float v, __nv_bfloat16& to) { to = __float2bfloat16_rn(v); }
-__device__ __forceinline__ void round_to(float v, __half& to) { to = __float2half_rn(v); }
 
 __device__ __forceinline__ float rounded(float v) {
   Value to;
@@ -194,6 +194,24 @@ __device__ __forceinline__ void load_sums(const float* from, float (&sums)[kPiec
     float* to = sums + i * 4;
     to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
   }
+}
+
+// --- launching ---
+
+// Lets a kernel take that much shared memory, once for each device. A thread's first call also gives it the device's
+// context, which the map of x needs.
+template <auto kernel>
+cudaError_t allow_shared_memory(int bytes) {
+  static thread_local uint64_t allowed = 0;
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if ((allowed & bit) != 0) return cudaSuccess;
+  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) {
+    return error;
+  }
+  allowed |= bit;
+  return cudaSuccess;
 }
 
 // --- x for the copy engine ---

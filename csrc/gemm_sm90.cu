@@ -18,21 +18,17 @@
 
 #include "gemm_parts.cuh"
 
-#define FOS_PASTE_(a, b, c, d) a##b##c##d
-#define FOS_PASTE(a, b, c, d) FOS_PASTE_(a, b, c, d)
-#define FOS_MULTIPLY FOS_PASTE(multiply_, FOS_DTYPE, _, FOS_OUTPUT)
 
 namespace fos::cuda {
 namespace {
 
-constexpr int kWarp = 32, kGroup = 128;  // threads
+constexpr int kGroup = 128;  // threads
 constexpr int kGroups = 2;               // consumer warpgroups
 constexpr int kConsumers = kGroups * kGroup;
 constexpr int kThreads = kConsumers + kGroup;
 constexpr int kGroupRows = kRowTile / kGroups;
 constexpr int kAtOnce = 4;        // CTAs whose sums are read before the first is added
 constexpr int kStagedTokens = 32;  // of a warpgroup, at once
-constexpr int kSharedMemory = 227 * 1024;
 
 // Sums are staged as [token][row], rows padded so that neither side meets a bank twice.
 constexpr int kGroupPitch = kGroupRows + 4, kTilePitch = kRowTile + 4;
@@ -342,38 +338,15 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // --- launching ---
 
-// What a launch needs of the current device, asked once for each.
-template <int kTokens>
-cudaError_t prepare(int* multiprocessors) {
-  constexpr int kDevices = 64;
-  static thread_local int known[kDevices] = {};  // a thread's first call also gives it the device's context
-  int device = 0;
-  if (const cudaError_t error = cudaGetDevice(&device)) return error;
-  if (device >= kDevices || known[device] == 0) {
-    if (const cudaError_t error = cudaDeviceGetAttribute(multiprocessors, cudaDevAttrMultiProcessorCount, device)) {
-      return error;
-    }
-    if (const cudaError_t error =
-            cudaFuncSetAttribute(gemm<kTokens>, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape<kTokens>::kBytes)) {
-      return error;
-    }
-    if (device < kDevices) known[device] = *multiprocessors;
-    return cudaSuccess;
-  }
-  *multiprocessors = known[device];
-  return cudaSuccess;
-}
-
 template <int kTokens>
 cudaError_t launch(const Gemm& g, cudaStream_t stream) {
   using S = Shape<kTokens>;
-  int multiprocessors = 0;
-  if (const cudaError_t error = prepare<kTokens>(&multiprocessors)) return error;
+  if (const cudaError_t error = allow_shared_memory<gemm<kTokens>>(S::kBytes)) return error;
   CUtensorMap map;
   if (!map_of(g, kTokens, 1, &map)) return cudaErrorInvalidValue;
   const int64_t tiles = static_cast<int64_t>(g.block_limit) * g.row_tiles;
   // A cluster that shares a tile takes one; the others stay for as many as there are.
-  const int64_t clusters = g.split > 1 || tiles < multiprocessors ? tiles : multiprocessors;
+  const int64_t clusters = g.split > 1 || tiles < g.multiprocessors ? tiles : g.multiprocessors;
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
@@ -391,7 +364,7 @@ cudaError_t launch(const Gemm& g, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t FOS_MULTIPLY(const Gemm& g, cudaStream_t stream) {
+cudaError_t FOS_PRODUCT(multiply_)(const Gemm& g, cudaStream_t stream) {
   switch (g.tokens) {
     case 32: return launch<32>(g, stream);
     case 64: return launch<64>(g, stream);

@@ -12,8 +12,6 @@ constexpr Multiply kMany[2][3] = {{multiply_bf16_linear, multiply_bf16_gated, mu
 constexpr Multiply kFew[2][3] = {{multiply_few_bf16_linear, multiply_few_bf16_gated, multiply_few_bf16_fp32},
                                  {multiply_few_fp16_linear, multiply_few_fp16_gated, multiply_few_fp16_fp32}};
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 }  // namespace
 
 int strips_at_once(int64_t strips, int64_t blocks, int64_t columns, int multiprocessors) {
