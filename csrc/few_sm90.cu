@@ -2,13 +2,14 @@
 //
 // There are hardly any sums to make: what counts is that weights arrive as fast as memory gives them, on all
 // multiprocessors until the end. A CTA stays on its multiprocessor for units that follow one another: `strips` times 16
-// weight rows, for a block of rows of x. A strip's columns are dealt to its warps in pairs of steps. Each warp reads its own weights from global
-// memory into registers, in the order that its mma.sync wants them, `kAhead` pairs before their use and on into the next
-// unit: no barrier stands between a load and its use, and none at the end of a unit, where a warp leaves its sums in
-// shared memory and goes on. Beside these warps one has the copy engine bring x, which stays where there is room for it,
-// and two add up what was left of a unit, in the order of the warps.
+// weight rows, for a block of rows of x. A strip's columns are dealt to its warps in pairs of steps. Each warp reads its
+// own weights from global memory into registers, in the order that its mma.sync wants them, `kAhead` pairs before their
+// use and on into the next unit: no barrier stands between a load and its use, and none at the end of a unit, where a
+// warp leaves its sums in shared memory and goes on. Beside these warps one has the copy engine bring x, which stays
+// where there is room for it, and two add up what was left of a unit, in the order of the warps.
 //
-// How weights become 16-bit numbers, and sums results, is in gemm_parts.cuh.
+// Results of one weight are `linear`, those of experts `gated` or `fp32`. How weights become 16-bit numbers, and sums
+// results, is in gemm_parts.cuh.
 #include "gemm_parts.cuh"
 
 namespace fos::cuda {
@@ -30,11 +31,11 @@ constexpr int kMostSlots = 128;
 // How the strips of a weight, or of an expert's, and their columns are dealt.
 struct Plan {
   int strips;
-  int row_units;             // of each block of rows of x: g.strips strips each, but for the last
+  int row_units;               // of each block of rows of x: g.strips strips each, but for the last
   int units_each, units_more;  // of one weight: a CTA has units_each, the first units_more of them one more
-  int pairs;                 // of steps
-  int warps, warps_inverse;  // of a strip; warp / warps is warp * warps_inverse >> 8
-  int pieces_inverse;        // item / pieces of a unit is item * pieces_inverse >> 16
+  int pairs;                   // of steps
+  int warps, warps_inverse;    // of a strip; warp / warps is warp * warps_inverse >> 8
+  int pieces_inverse;          // item / pieces of a unit is item * pieces_inverse >> 16
   // x comes in chunks: a pair for each of a strip's warps.
   int slot_rows, pitch;  // rows of x that a slot holds, and their bytes; ldmatrix meets no bank twice
   int chunks, slots;     // of a block, and what there is room for
@@ -97,8 +98,8 @@ __global__ void __launch_bounds__(kThreads, 1) few(const Gemm g, const Plan plan
     const int strip = warp * plan.warps_inverse >> 8, group = warp - strip * plan.warps;
     const bool busy = warp < busy_warps;
 
-    // Weights, a pair of steps after the other, whatever unit they are of. Those of one matrix may come before the kernel
-    // before this one has ended: it is not the one that made them. Which experts there are it may have said.
+    // Weights, a pair of steps after the other, whatever unit they are of. Those of one matrix may come before the
+    // kernel before this one has ended: it is not the one that made them. Which experts there are it may have said.
     if constexpr (kExperts) wait_for_kernel_before();
     Units unit = units_of_cta(g, plan);
     if (!busy) unit.left = 0;
@@ -134,8 +135,8 @@ __global__ void __launch_bounds__(kThreads, 1) few(const Gemm g, const Plan plan
     for (int i = 0; i < kAhead; ++i) ask(weights[i]);
     __syncthreads();
 
-    // For ldmatrix, lane l says where row l % 8 of matrix l / 8 is: 8 columns of a token. Of tokens that there are not, a
-    // sum is made of any, and dropped.
+    // For ldmatrix, lane l says where row l % 8 of matrix l / 8 is: 8 columns of a token. Of tokens that there are not,
+    // a sum is made of any, and dropped.
     uint32_t of_lane[kTokens / 8];
 #pragma unroll
     for (int n = 0; n < kTokens / 8; ++n) {
@@ -259,7 +260,7 @@ __global__ void __launch_bounds__(kThreads, 1) few(const Gemm g, const Plan plan
     }
     barriers_ready();
   } else {
-    // What the last pair has beyond the columns of x counts as 0. There is but one chunk then: nothing comes to lie there.
+    // What the last pair has beyond the columns of x counts as 0. There is but one chunk then: it stays so.
     const int row_bytes = g.columns * 2, words = (plan.pairs * kPairBytes - row_bytes) / 16;
     for (int i = threadIdx.x - (kWarps + 1) * kWarp; i < words * plan.slots * plan.slot_rows; i += kFinishers * kWarp) {
       *reinterpret_cast<uint4*>(memory + i / words * plan.pitch + row_bytes + i % words * 16) = make_uint4(0, 0, 0, 0);
@@ -282,7 +283,10 @@ __global__ void __launch_bounds__(kThreads, 1) few(const Gemm g, const Plan plan
       const Block block = block_of(g, unit.block);
       const int rows = min(block.end - block.begin, plan.slot_rows);
       const uint8_t* from = static_cast<const uint8_t*>(g.x);
-      if (lane < rows) from += row_bytes * (!kExperts || g.x_row == nullptr ? block.begin + lane : g.x_row[block.begin + lane]);
+      if (lane < rows) {
+        const int row = block.begin + lane;
+        from += row_bytes * (!kExperts || g.x_row == nullptr ? row : g.x_row[row]);
+      }
       for (int chunk = 0; chunk < plan.chunks; ++chunk) {
         const int whole = plan.warps * kPairBytes, first = chunk * whole;
         const int bytes = min(whole, static_cast<int>(row_bytes) - first);

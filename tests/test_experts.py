@@ -39,7 +39,10 @@ from fouroversix_plugin.recipe import Recipe
 
 # (E, top_k, H, I)
 SMALL = [(1, 1, 128, 64), (4, 2, 576, 48), (16, 8, 128, 64)]
-ALL = [(1, 1, 128, 64), (4, 2, 576, 192), (16, 8, 128, 48), (16, 1, 2048, 192), (64, 2, 576, 64), (128, 8, 2048, 768)]
+ALL = [
+    *[(1, 1, 128, 64), (4, 2, 576, 192), (16, 8, 128, 48), (16, 1, 2048, 192), (64, 2, 576, 64), (4, 2, 14336, 128)],
+    (128, 8, 2048, 768),
+]
 TOKENS = {"cpu": (0, 1, 3, 64), "cuda": (0, 1, 3, 64, 257, 1000)}
 by_shape = over("shape", SMALL, ALL, ALL[:-1])
 by_scheme = pytest.mark.parametrize("activations", [None, Recipe()], ids=["W4A16", "W4A4"])

@@ -44,10 +44,10 @@ from fouroversix_plugin.recipe import Recipe
 
 # (N, K): less than a tile of any kernel, no multiple of one, and as many rows and columns as layers have.
 SMALL = [(16, 16), (48, 576), (144, 80)]
-ALL = list(itertools.product((16, 48, 4112), (16, 576, 1536, 14336)))
+ALL = [*itertools.product((16, 48, 4112), (16, 576, 1536, 14336)), (272, 1936), (48, 3136)]
 TOKENS = {
     "cpu": (0, 1, 7, 8, 9, 64, 65, 129),
-    "cuda": (0, 1, 7, 8, 9, 63, 64, 65, 128, 129, 200, 256, 257, 1000),
+    "cuda": (0, 1, 7, 8, 9, 16, 63, 64, 65, 128, 129, 200, 256, 257, 1000),
 }
 by_shape = over("shape", SMALL, ALL)
 by_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
