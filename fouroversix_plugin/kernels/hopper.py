@@ -56,7 +56,7 @@ def prepare(packed: Tensor, block_scale: Tensor, gated: bool) -> tuple[Tensor, T
 
     Args:
         packed: uint8 [..., N, K/2].
-        block_scale: E4M3 bytes, uint8 [..., N, K/16]; none negative, none NaN.
+        block_scale: E4M3 bytes, uint8 [..., N, K/16]; none negative, and NaN stays NaN.
         gated: the rows are those of gate, then those of up, for the first product of a mixture of experts.
 
     Returns:

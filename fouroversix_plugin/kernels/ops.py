@@ -79,7 +79,7 @@ class PreparedWeight:
             [..., N, K].
         block_scale: those of a packed weight, E4M3 bytes [..., N, K/16] or as prepared (flat for FP4 units); else None.
         decode_scale: float32 [..., N].
-        columns: K, which tiles fill up; only :func:`unprepare_weight` asks.
+        columns: K, which tiles fill up.
         gated: that rows of tiles are 8 of gate and 8 of up in turn.
     """
 
