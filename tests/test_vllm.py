@@ -1,5 +1,6 @@
 """Real vLLM on the CPU: what is served is what the reference says, and what cannot be served fails before serving."""
 
+import itertools
 import json
 import os
 import shutil
@@ -8,9 +9,10 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import accuracy
@@ -130,14 +132,21 @@ def mean_kl(smollm2: dict[str, Any], name: str) -> float:
 
 
 @torch.no_grad()
-def fp32_logprobs(model: Path, stored_folder: Path, prompts: list[list[int]]) -> torch.Tensor:
-    """Logprobs of the prompts under the stored checkpoint's weights, dequantized and computed in fp32."""
+def fp32_logprobs(
+    model: Path, stored_folder: Path, prompts: list[list[int]], added: Mapping[str, torch.Tensor] = MappingProxyType({})
+) -> torch.Tensor:
+    """Logprobs of the prompts under the stored checkpoint's weights, dequantized and computed in fp32.
+
+    ``added`` to weights by their names.
+    """
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     tensors = load_file(stored_folder / "model.safetensors")
     modules = {name.removesuffix(".weight_scale_2") for name in tensors if name.endswith(".weight_scale_2")}
     for name, parameter in network.named_parameters():
         if (module := name.removesuffix(".weight")) in modules:
             parameter.copy_(fos.dequantize(stored(tensors, module)))
+        if name in added:
+            parameter += added[name]
     out = []
     for prompt in prompts:
         logprobs = network(torch.tensor([prompt])).logits[0].log_softmax(dim=-1)
@@ -204,7 +213,7 @@ def test_ignore_list_leaves_out_other_layers(smollm2: dict[str, Any]) -> None:
     assert summary.startswith("fouroversix: loaded 85 layers,")
 
 
-# --- a small random mixture of experts: tensor and expert parallel, and everything that must be refused ---
+# --- a small random mixture of experts: reloading, tensor and expert parallel, and everything that must be refused ---
 
 SMALL_PROMPTS = [[1, 504, 575, 282, 649, 314, 742, 5, 9, 100]]
 EXPERTS = "model.layers.1.block_sparse_moe.experts"
@@ -257,6 +266,52 @@ def test_compiled_graphs_lose_weights_for_fp4_units(fp4_units: dict[str, Any]) -
     # Sums in another order flip a code now and then; results of other weights differ by the spread of the logprobs.
     compiled, usual = flat(fp4_units["compiled"]), flat(fp4_units["compiled, as on a CPU"])
     assert (compiled - usual).abs().mean() < 0.25 * usual.std()
+
+
+@pytest.fixture(scope="module")
+def reloaded(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    jobs = {
+        "online": {"model": str(small / "bf16"), "options": {"quantization": "nvfp4_4over6"}, "reload": True},
+        "stored": {"model": str(small / "w4a16"), "reload": True},
+    }
+    return run_engine(tmp_path_factory.mktemp("reloaded"), jobs, SMALL_PROMPTS)
+
+
+@pytest.mark.parametrize("way", ["online", "stored"])
+def test_weights_that_are_loaded_again_are_others(reloaded: dict[str, Any], way: str) -> None:
+    before = flat(reloaded[way])
+    again, without = (torch.tensor(reloaded[way][name]).flatten() for name in ("reloaded", "forgotten"))
+    assert not torch.equal(without, before), "the weights were never gone"
+    assert torch.equal(again, before)
+
+
+def test_an_adapter_is_added_to_other_weights(tmp_path: Path) -> None:
+    """A small random Llama in W4A16 with a LoRA adapter, against its dequantized weights plus B A in fp32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**{name: value for name, value in SMALL.items() if "experts" not in name})
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    quantize_checkpoint(tmp_path / "bf16", tmp_path / "w4a16", fos.preset("w4a16"))
+    added, adapter, rank = {}, {}, 8
+    for layer, (name, rows) in itertools.product(range(2), (("q_proj", 256), ("v_proj", 128), ("o_proj", 256))):
+        module = f"model.layers.{layer}.self_attn.{name}"
+        a, b = torch.randn(rank, 256) / 16, torch.randn(rows, rank) / 8
+        added[f"{module}.weight"] = b @ a
+        adapter |= {f"base_model.model.{module}.lora_{part}.weight": w for part, w in (("A", a), ("B", b))}
+    (tmp_path / "adapter").mkdir()
+    save_file(adapter, tmp_path / "adapter" / "adapter_model.safetensors")
+    modules = ["q_proj", "v_proj", "o_proj"]
+    described = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": modules, "bias": "none"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(described))
+    job = {"model": str(tmp_path / "w4a16"), "options": {"enable_lora": True, "max_lora_rank": rank}}
+    results = run_engine(tmp_path, {"llama": {**job, "adapter": str(tmp_path / "adapter")}}, SMALL_PROMPTS)
+    without = fp32_logprobs(tmp_path / "bf16", tmp_path / "w4a16", SMALL_PROMPTS)
+    exact = fp32_logprobs(tmp_path / "bf16", tmp_path / "w4a16", SMALL_PROMPTS, added)
+    rounding = (flat(results["llama"]) - without).abs().mean()
+    off = (torch.tensor(results["llama"]["adapted"]).flatten() - exact).abs().mean()
+    assert off < 2 * rounding
+    assert (exact - without).abs().mean() > 10 * rounding, "the adapter changes nothing that could be seen"
 
 
 @pytest.fixture(scope="module")
@@ -374,6 +429,7 @@ BAD_OPTIONS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         {"moe_backend": "flashinfer_trtllm"},
         ("experts: nvfp4_4over6 does not do --moe-backend flashinfer_trtllm (needed auto",),
     ),
+    "adapters for experts": ("bf16", {**options("w4a16"), "enable_lora": True}, ("does not do --enable-lora",)),
     "part of a fused layer ignored": (
         "bf16",
         options("w4a16", ignore=["*.q_proj"]),

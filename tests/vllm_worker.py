@@ -2,10 +2,11 @@
 
 REQUEST is JSON: {"prompts": token ids, "documents": token ids and the first of them that is scored, "jobs": {name:
 {"model": folder, "options": arguments of LLM, "capture": layer names, "tokens": how many to generate, "top": how many
-log-probabilities of the documents to keep, "fp4_units": whether linear weights are prepared as for Blackwell}}}. OUT
-gets {name: {"logprobs" and "tokens": one list a prompt, "log": our log lines, "most_held": full-precision layers held
-at once} or {"error": text}}; captured layers' first inputs and outputs go to NAME.safetensors beside it, the documents'
-scores to NAME.scores.safetensors.
+log-probabilities of the documents to keep, "fp4_units": whether linear weights are prepared as for Blackwell, "reload":
+whether all weights are forgotten and loaded again in the end, "adapter": folder of a LoRA adapter}}}. OUT gets {name:
+{"logprobs" and "tokens": one list a prompt, "log": our log lines, "most_held": full-precision layers held at once,
+"forgotten", "reloaded" and "adapted": logprobs} or {"error": text}}; captured layers' first inputs and outputs go to
+NAME.safetensors beside it, the documents' scores to NAME.scores.safetensors.
 """
 
 import json
@@ -34,6 +35,8 @@ from safetensors.torch import save_file
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.inputs import TokensPrompt
+from vllm.lora.request import LoRARequest
+from vllm.outputs import RequestOutput
 
 from fouroversix_plugin.kernels import blackwell, ops
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
@@ -111,6 +114,18 @@ def fp4_units(there: bool) -> Iterator[None]:
         ops.prepare_weight = original
 
 
+def logprobs_of(outputs: list[RequestOutput]) -> list[list[float]]:
+    return [
+        [at[token].logprob for at, token in zip(o.prompt_logprobs[1:], o.prompt_token_ids[1:], strict=True)]
+        for o in outputs
+    ]
+
+
+def forget(model: torch.nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.data.zero_()
+
+
 def run(job: dict[str, Any], request: dict[str, Any], watch: Watch, scores: Path) -> dict[str, Any]:
     lines, llm = Lines(), None
     logger = logging.getLogger("fouroversix_plugin")
@@ -124,15 +139,21 @@ def run(job: dict[str, Any], request: dict[str, Any], watch: Watch, scores: Path
         )
         prompts = [TokensPrompt(prompt_token_ids=prompt) for prompt in request["prompts"]]
         outputs = llm.generate(prompts, parameters, use_tqdm=False)
-        logprobs = [
-            [at[token].logprob for at, token in zip(o.prompt_logprobs[1:], o.prompt_token_ids[1:], strict=True)]
-            for o in outputs
-        ]
         tokens = [list(o.outputs[0].token_ids) for o in outputs]
+        more = {}
+        if "adapter" in job:
+            adapter = LoRARequest("adapter", 1, job["adapter"])
+            more["adapted"] = logprobs_of(llm.generate(prompts, parameters, use_tqdm=False, lora_request=adapter))
+        if job.get("reload", False):
+            llm.apply_model(forget)
+            more["forgotten"] = logprobs_of(llm.generate(prompts, parameters, use_tqdm=False))
+            llm.collective_rpc("reload_weights")
+            more["reloaded"] = logprobs_of(llm.generate(prompts, parameters, use_tqdm=False))
         if "top" in job:
             documents = tuple(Document(tuple(ids), start) for ids, start in request["documents"])
             score_with_engine(llm, Request((), documents, job["top"], 0, None, 0), scores, {"source": job["model"]})
-        return {"logprobs": logprobs, "tokens": tokens, "log": lines.lines, "most_held": watch.most_held}
+        found = {"logprobs": logprobs_of(outputs), "tokens": tokens, "log": lines.lines, "most_held": watch.most_held}
+        return found | more
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
     finally:

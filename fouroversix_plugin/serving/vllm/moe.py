@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.config import get_current_vllm_config
 from vllm.distributed import get_ep_group
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
@@ -74,6 +75,8 @@ class _MoEMethod(FusedMoEMethodBase):
             reasons.append(
                 f"--moe-backend {self.moe.moe_backend} (needed auto: the recipe is known to our kernels alone)"
             )
+        if get_current_vllm_config().lora_config is not None:
+            reasons.append("--enable-lora (vLLM adapts experts inside of its own kernels alone)")
         reasons += [
             f"{name} = {getattr(layer, name)}"
             for name in ("swiglu_limit", "swiglu_alpha", "swiglu_beta")
