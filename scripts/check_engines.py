@@ -105,7 +105,7 @@ VLLM = Engine(
         "vllm.model_executor.utils": ("replace_parameter(layer, param_name, _)", "set_weight_attrs(_, _)"),
     },
     handed={
-        "vllm.config:VllmConfig": ("load_config",),
+        "vllm.config:VllmConfig": ("load_config", "lora_config"),
         "vllm.config:LoadConfig": ("load_format",),
         "vllm.distributed.parallel_state:GroupCoordinator": ("device_group",),
         "vllm.model_executor.model_loader.reload.types:LayerReloadingInfo": ("load_numel",),
