@@ -42,9 +42,10 @@ from divergence_statistics import compare, join
 from engine_process import end_group, errors, plugin_environment, why_failed
 from gsm8k_data import InputError
 from server_client import run_together
-from server_process import run_until_signal
+from server_process import GRACE_SECONDS, run_until_signal
 
 WORKER = Path(__file__).with_name("accuracy_worker.py")
+STOP_SECONDS = 2 * GRACE_SECONDS + 5
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 LLM = {"dtype": "bfloat16", "seed": 0, "enforce_eager": True, "max_model_len": 4096}
 # Engines that start together would each take the others' memory for its own: theirs is stated, not measured.
@@ -186,7 +187,8 @@ class Measurement:
                 await asyncio.sleep(0.2)
             return status
         finally:
-            end_group(process)
+            # SGLang's server is in a group of its own, and its worker stops it.
+            end_group(process, STOP_SECONDS if self._options.engine == "sglang" else 0)
 
     def _seconds(self) -> float:
         return time.monotonic() - self._start

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import asyncio
 import dataclasses
 import json
 import os
@@ -24,7 +23,7 @@ from divergence_sources import Request, score_on_server, score_with_engine
 from gsm8k_answers import STOPS
 from gsm8k_data import digest
 from gsm8k_log import Answer, RunLog
-from server_process import serving
+from server_process import run_until_signal, serving
 
 SCORES, ANSWERS, PHASES = "scores.safetensors", "gsm8k.json", "phases.jsonl"
 READY_SECONDS = 400
@@ -91,8 +90,8 @@ def answer_in_engine(engine: Any, options: argparse.Namespace, config: dict[str,
     write(folder / ANSWERS, result)
 
 
-async def run_sglang(options: argparse.Namespace, config: dict[str, Any] | None, folder: Path) -> None:
-    """One server for both, asked as any other is."""
+async def run_sglang(options: argparse.Namespace, config: dict[str, Any] | None, folder: Path) -> int:
+    """One server for both, asked as any other is. The status to end with."""
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", options.model, *options.server_args]
     if config:
         command += ["--json-model-override-args", json.dumps({"quantization_config": config})]
@@ -107,7 +106,8 @@ async def run_sglang(options: argparse.Namespace, config: dict[str, Any] | None,
             (folder / ANSWERS).with_suffix(".jsonl").unlink(missing_ok=True)  # of another port
             with phase(folder, "gsm8k"):
                 words = ["--base-url", server.base_url, "--out", str(folder / ANSWERS), *gsm8k_arguments(options)]
-                await gsm8k.evaluate(gsm8k.parse(words))
+                return await gsm8k.evaluate(gsm8k.parse(words))
+    return 0
 
 
 def gsm8k_arguments(options: argparse.Namespace) -> list[str]:
@@ -146,11 +146,10 @@ def main() -> None:
     options, folder = argparse.Namespace(**job["options"]), Path(sys.argv[1]).parent
     config = quantization_config(job["configuration"])
     if job["engine"] == "sglang":
-        asyncio.run(run_sglang(options, config, folder))
-    else:
-        run_vllm(options, config, folder)
-        sys.stdout.flush()
-        os._exit(0)  # vLLM's orderly end takes seconds
+        sys.exit(run_until_signal(run_sglang(options, config, folder)))
+    run_vllm(options, config, folder)
+    sys.stdout.flush()
+    os._exit(0)  # vLLM's orderly end takes seconds
 
 
 if __name__ == "__main__":

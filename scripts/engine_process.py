@@ -34,8 +34,15 @@ def plugin_environment(folder: Path) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-def end_group(process: subprocess.Popen[bytes]) -> None:
-    """The leader of a process group and all its children: an engine's are processes of their own."""
+def end_group(process: subprocess.Popen[bytes], grace: float = 0) -> None:
+    """The leader of a process group and all its children: an engine's are processes of their own.
+
+    ``grace``: seconds the leader has, told by SIGTERM, to end what it started in groups of their own.
+    """
+    if grace:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(grace)
     patience = time.monotonic() + 10
     with suppress(ProcessLookupError):
         while time.monotonic() < patience:

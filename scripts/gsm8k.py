@@ -12,6 +12,17 @@ lm_eval --model local-completions --tasks gsm8k --num_fewshot 8 --gen_kwargs max
   --output_path DIR --model_args model=MODEL,base_url=http://127.0.0.1:8000/v1/completions,num_concurrent=32,\\
 tokenizer_backend=None
 
+It takes the questions from the hub, or with --include_path FOLDER from the local files that FOLDER/gsm8k.yaml names
+(its first line is the path of the installed task; first_n: the first examples of the file, the same for all questions,
+instead of random ones):
+
+include: /.../site-packages/lm_eval/tasks/gsm8k/gsm8k.yaml
+task: gsm8k
+dataset_path: json
+dataset_name: null
+dataset_kwargs: {data_files: {train: train.jsonl, test: test.jsonl}}
+fewshot_config: {sampler: first_n}
+
 A run that was interrupted goes on where it was when the same command is given again: answers are logged as they come,
 to OUT.jsonl beside OUT.json. Exit status: 0, 1 for an error or for requests that failed, 2 for wrong usage, 128 + the
 signal that ended it.

@@ -182,11 +182,14 @@ def test_what_there_is_when_the_time_is_over(tmp_path: Path, data: list[str]) ->
     assert {entry["failed"] for entry in result(tmp_path).values()} == {"0.001 s were over"}
 
 
-def test_a_signal_ends_every_process(tmp_path: Path, data: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("engine", "said_in"), [("vllm", "log"), ("sglang", "server.log")])
+def test_a_signal_ends_every_process(
+    tmp_path: Path, data: list[str], monkeypatch: pytest.MonkeyPatch, engine: str, said_in: str
+) -> None:
     monkeypatch.setenv("FAKE_HANGS", "1")
-    command = [sys.executable, accuracy.__file__, *data, "--configurations", "bf16,flashinfer-w4a4"]
+    command = [sys.executable, accuracy.__file__, *data, "--configurations", "bf16,flashinfer-w4a4", "--engine", engine]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    log = tmp_path / "out.work" / "small-flashinfer-w4a4" / "log"
+    log = tmp_path / "out.work" / "small-flashinfer-w4a4" / said_in
     try:
         deadline = time.monotonic() + 60
         while not (log.exists() and "hanging" in log.read_text()) and time.monotonic() < deadline:
