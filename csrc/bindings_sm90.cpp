@@ -229,11 +229,11 @@ Tensor gather(Tensor x, Tensor token_of_row, Tensor slot_of_row, Tensor in_use, 
   return out;
 }
 
-// The product of `rows` rows sorted by expert, row i of x or row x_row[i]: gated [rows, N] in the dtype of x, else fp32,
-// row i in out_row[i].
+// The product of P rows sorted by expert, row i of x or row x_row[i]: gated [P, N] in the dtype of x, else fp32, row i in
+// out_row[i] of [P, N].
 Tensor multiply_experts(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, OptionalTensor token_scale,
                         OptionalTensor x_row, OptionalTensor token_of_row, OptionalTensor out_row, Tensor blocks,
-                        Tensor in_use, int64_t rows, int64_t outputs, bool gated, int64_t activation, int64_t tokens) {
+                        Tensor in_use, int64_t outputs, bool gated, int64_t activation, int64_t tokens) {
   cuda::Gemm g = describe(x, codes, block_scale, decode_scale, token_scale, outputs,
                           gated ? cuda::Output::gated : cuda::Output::fp32);
   g.activation = cuda::Activation(activation);
@@ -245,6 +245,7 @@ Tensor multiply_experts(Tensor x, Tensor codes, Tensor block_scale, Tensor decod
   g.block_limit = int_of(blocks.size(0));
   g.tokens = int_of(tokens);
   STD_TORCH_CHECK(g.tokens <= 16 || g.x_row == nullptr, "x_row: needed None with more than 16 rows in a block");
+  const int64_t rows = x_row.has_value() ? x_row->numel() : x.size(0);
   Tensor out = torch::stable::new_empty(x, {rows, outputs}, gated ? x.scalar_type() : ScalarType::Float);
   g.out = out.data_ptr();
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
@@ -290,8 +291,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fouroversix_cuda, m) {
       "gather(Tensor x, Tensor token_of_row, Tensor slot_of_row, Tensor in_use, Tensor? topk_weights) -> Tensor");
   m.def(
       "multiply_experts(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, Tensor? token_scale, "
-      "Tensor? x_row, Tensor? token_of_row, Tensor? out_row, Tensor blocks, Tensor in_use, int rows, int outputs, "
-      "bool gated, int activation, int tokens) -> Tensor");
+      "Tensor? x_row, Tensor? token_of_row, Tensor? out_row, Tensor blocks, Tensor in_use, int outputs, bool gated, "
+      "int activation, int tokens) -> Tensor");
   m.def("combine(Tensor slots, Tensor? topk_weights, Tensor topk_ids, int experts, ScalarType dtype) -> Tensor");
 }
 

@@ -118,8 +118,7 @@ def moe(
         topk_ids = topk_ids.int()
     topk_weights = topk_weights.float()
     on_input = apply_router_weight_on_input
-    slots = topk_ids.numel()
-    tokens = _rows_of_a_tile(slots, experts, hidden, half)
+    tokens = _rows_of_a_tile(topk_ids.numel(), experts, hidden, half)
     slot_of_row, token_of_row, blocks, in_use = kernels.route(topk_ids, experts, tokens)
     token_scale = None
     if activations is not None and not on_input:
@@ -135,14 +134,14 @@ def moe(
         rows, token_scale = native.quantize_values(rows, activations, input_amax, False)
         scale_of = None
     inner = kernels.multiply_experts(
-        rows, w13, w13_block_scale, w13_decode_scale, token_scale, x_row, scale_of, None, blocks, in_use, slots, half,
+        rows, w13, w13_block_scale, w13_decode_scale, token_scale, x_row, scale_of, None, blocks, in_use, half,
         True, _ACTIVATIONS.index(activation), tokens,
     )  # fmt: skip
     inner_scale = None
     if activations is not None:
         inner, inner_scale = native.quantize_values(inner, activations, inner_amax, False)
     products = kernels.multiply_experts(
-        inner, w2, w2_block_scale, w2_decode_scale, inner_scale, None, None, slot_of_row, blocks, in_use, slots, hidden,
+        inner, w2, w2_block_scale, w2_decode_scale, inner_scale, None, None, slot_of_row, blocks, in_use, hidden,
         False, 0, tokens,
     )  # fmt: skip
     out: Tensor = kernels.combine(products, None if on_input else topk_weights, topk_ids, experts, x.dtype)
