@@ -16,7 +16,7 @@ namespace fos::cuda {
 namespace {
 
 constexpr bool kExperts = kOutput != Output::linear;
-constexpr int kWarps = 16;  // that multiply
+constexpr int kWarps = kFewWarps;
 constexpr int kFinishers = 2;
 constexpr int kThreads = (kWarps + 1 + kFinishers) * kWarp;
 constexpr int kStrip = 16;  // weight rows of a warp

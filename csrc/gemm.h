@@ -112,8 +112,10 @@ struct Launch {
 // rows there are.
 Launch launch_of(int rows, int columns, int outputs, bool any_rows, int multiprocessors);
 
+constexpr int kFewWarps = 16;  // that multiply, of a CTA of few rows: a pair of steps each at once
+
 // Whether the kernel for few rows takes x with as many columns: pairs of whole steps, or few enough to come at once.
-constexpr bool few_rows_take(int64_t columns) { return columns % (2 * kStep) == 0 || columns <= 16 * 2 * kStep; }
+constexpr bool few_rows_take(int64_t columns) { return columns % (2 * kStep) == 0 || columns <= kFewWarps * 2 * kStep; }
 
 // How many times 16 weight rows a CTA of few rows takes at once, so that all end together: of `strips` of them for each
 // of `blocks` blocks of rows of x.

@@ -15,14 +15,13 @@ constexpr Multiply kFew[2][3] = {{multiply_few_bf16_linear, multiply_few_bf16_ga
 }  // namespace
 
 int strips_at_once(int64_t strips, int64_t blocks, int64_t columns, int multiprocessors) {
-  constexpr int64_t kWarps = 16;
   constexpr double kUnit = 0.5;  // pairs of steps that a warp could multiply while a unit begins and ends, on an H200
   const int64_t pairs = ceil_div(columns, 2 * kStep);
   int best = 1;
   double least = 0;
   for (int at_once = 1; at_once <= 8; ++at_once) {
     const int64_t units = ceil_div(blocks * ceil_div(strips, at_once), multiprocessors);
-    const int64_t warps = kWarps / at_once < pairs ? kWarps / at_once : pairs;
+    const int64_t warps = kFewWarps / at_once < pairs ? kFewWarps / at_once : pairs;
     if (columns % (2 * kStep) != 0 && warps < pairs) break;  // x has to come at once
     const double cost = static_cast<double>(units) * (static_cast<double>(ceil_div(pairs, warps)) + kUnit);
     if (at_once == 1 || cost < least) {
