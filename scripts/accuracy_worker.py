@@ -21,7 +21,6 @@ from accuracy_report import REFERENCE
 from divergence import load_texts
 from divergence_sources import Request, score_on_server, score_with_engine
 from gsm8k_answers import STOPS
-from gsm8k_data import digest
 from gsm8k_log import Answer, RunLog
 from server_process import run_until_signal, serving
 
@@ -62,16 +61,7 @@ def answer_in_engine(engine: Any, options: argparse.Namespace, config: dict[str,
 
     tasks = gsm8k.build_tasks(options)
     settings = {
-        "data": options.data,
-        "shots_data": options.shots_data,
-        "num_shots": options.num_shots,
-        "num_questions": len(tasks),
-        "seed": options.seed,
-        "mode": "completion",
-        "max_tokens": options.max_tokens,
-        "temperature": 0.0,
-        "stop": list(STOPS),
-        "prompt_sha256": digest([task.prompt for task in tasks]),
+        **gsm8k.settings_of(options, tasks, "completion", 0.0),
         "server": {"model": options.model, "engine": "vllm", "version": vllm.__version__, "quantization": config},
     }
     params = vllm.SamplingParams(temperature=0, max_tokens=options.max_tokens, stop=list(STOPS))

@@ -224,6 +224,22 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def settings_of(options: argparse.Namespace, tasks: list[Task], mode: str, temperature: float) -> dict[str, Any]:
+    """What is asked, and how: what answers must have in common to be of one run."""
+    return {
+        "data": options.data,
+        "shots_data": options.shots_data,
+        "num_shots": options.num_shots,
+        "num_questions": len(tasks),
+        "seed": options.seed,
+        "mode": mode,
+        "max_tokens": options.max_tokens,
+        "temperature": temperature,
+        "stop": list(STOPS),
+        "prompt_sha256": digest([task.prompt for task in tasks]),
+    }
+
+
 async def evaluate(options: argparse.Namespace) -> int:
     tasks = build_tasks(options)
     async with AsyncExitStack() as stack:
@@ -243,16 +259,7 @@ async def evaluate(options: argparse.Namespace) -> int:
         )
         facts = await client.describe(options.model)
         settings = {
-            "data": options.data,
-            "shots_data": options.shots_data,
-            "num_shots": options.num_shots,
-            "num_questions": len(tasks),
-            "seed": options.seed,
-            "mode": "chat" if options.chat else "completion",
-            "max_tokens": options.max_tokens,
-            "temperature": options.temperature,
-            "stop": list(STOPS),
-            "prompt_sha256": digest([task.prompt for task in tasks]),
+            **settings_of(options, tasks, "chat" if options.chat else "completion", options.temperature),
             "server": facts._asdict(),
             # The port of a server that is started here differs from run to run; its command does not.
             **({"serve": options.serve} if server else {"base_url": client.base_url}),
