@@ -72,10 +72,10 @@ __device__ __forceinline__ uint32_t own_largest(const Quantize& q, int64_t row, 
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) {
       if (gated && stash != nullptr) store(stash, first + j * group.threads, raw[j]);
-      found = max(found, largest_bits(magnitudes(raw[j])));
+      found = larger_magnitudes(found, larger_magnitudes(raw[j]));
     }
   }
-  return found;
+  return largest_bits(found);
 }
 
 template <bool gated>

@@ -9,6 +9,8 @@
 // comparison has the same answer; where they do not (about one block in ten thousand of random ones, ties, and every
 // block outside the range that the bound was derived for), the block is settled with nvfp4.cuh's operations, in the
 // specification's order. Rounding itself is exact on both ways.
+//
+// Values keep their signs on the way: every step is symmetric in them, and taking them off would cost instructions.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -20,7 +22,10 @@
 
 #include "cuda.h"
 
-// Conversions that only some chips have. The generic code beside each gives the same bits.
+// Instructions that only some chips have. The generic code beside each gives the same bits (instead of NaN, a NaN).
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 860
+#define FOS_NATIVE_MAGNITUDES 1
+#endif
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
 #define FOS_NATIVE_FP8 1
 #endif
@@ -113,20 +118,35 @@ __device__ __forceinline__ Raw pack(const float (&x)[kBlock]) {
   return raw;
 }
 
-// The block's values without their signs.
-__device__ __forceinline__ Raw magnitudes(Raw raw) {
-#pragma unroll
-  for (int i = 0; i < Raw::kWords; ++i) raw.word[i] &= ~kSigns;
-  return raw;
+// The larger magnitudes of two words, NaN above all: in each half, or of the whole word. Signs in and out mean nothing.
+__device__ __forceinline__ uint32_t larger_magnitudes(uint32_t a, uint32_t b) {
+#if defined(FOS_NATIVE_MAGNITUDES)
+  uint32_t larger;  // of magnitudes in one instruction, in every type, for a sign that is masked at the end
+  if constexpr (kDtype == Dtype::fp32) {
+    asm("max.NaN.xorsign.abs.f32 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  } else if constexpr (kDtype == Dtype::bf16) {
+    asm("max.NaN.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  } else {
+    asm("max.NaN.xorsign.abs.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  }
+  return larger;
+#else
+  a &= ~kSigns, b &= ~kSigns;  // floats without their sign are ordered as integers, NaN above infinity
+  return kDtype == Dtype::fp32 ? max(a, b) : __vmaxu2(a, b);
+#endif
 }
 
-// Largest of magnitudes as the bits of a float, in whose order NaN comes above infinity.
-__device__ __forceinline__ uint32_t largest_bits(const Raw& raw) {
-  uint32_t found = 0;  // 16-bit floats without their sign are ordered as integers too, two at a time
+// Of a block.
+__device__ __forceinline__ uint32_t larger_magnitudes(const Raw& raw) {
+  uint32_t found = raw.word[0];
 #pragma unroll
-  for (int i = 0; i < Raw::kWords; ++i) {
-    found = kDtype == Dtype::fp32 ? max(found, raw.word[i]) : __vmaxu2(found, raw.word[i]);
-  }
+  for (int i = 1; i < Raw::kWords; ++i) found = larger_magnitudes(found, raw.word[i]);
+  return found;
+}
+
+// The largest of what they found as the bits of a float, in whose order NaN comes above infinity.
+__device__ __forceinline__ uint32_t largest_bits(uint32_t found) {
+  found &= ~kSigns;
   if constexpr (kDtype == Dtype::fp32) return found;
   found = max(found >> 16, found & 0xFFFFu);
   if constexpr (kDtype == Dtype::bf16) return found << 16;
@@ -182,18 +202,23 @@ constexpr float kOne = 0x1p-14f;
 constexpr float kOne = 1.0f;
 #endif
 
-// The e2m1 numbers, times kOne, nearest to the magnitudes y0 and y1 times kOne, for y below 7.
+// The e2m1 number, times kOne, nearest to y times kOne, for magnitudes below 7; without the sign where it is 0.
+// As round_e2m1, but 1.5 * 2^22 * e is added: with y of either sign, the sum stays between 2^22 * e and 2^23 * e, where
+// a unit is e / 2, as the grid's. The addend is an even number of units, and so ties go to even codes. It is exact as a
+// product: fusing it with the sum changes nothing.
+__device__ __forceinline__ float round_signed(float y) {
+  const float e = bits<float>(bits<uint32_t>(fmaxf(fabsf(y), kOne)) & kExponent);
+  return fmaf(e, -0x1.8p22f, fmaf(e, 0x1.8p22f, y));
+}
+
+// As above, of two; zeros may keep their sign.
 __device__ __forceinline__ void round_pair(float y0, float y1, float& r0, float& r1) {
 #if defined(FOS_NATIVE_E2M1)
   const __nv_fp4x2_storage_t pair = __nv_cvt_float2_to_fp4x2(make_float2(y0, y1), __NV_E2M1, cudaRoundNearest);
   const float2 r = __half22float2(__half2(__nv_cvt_fp4x2_to_halfraw2(pair, __NV_E2M1)));
   r0 = r.x, r1 = r.y;
 #else
-  // As round_e2m1. e * 2^22 is exact, so that fusing it with the sum changes nothing.
-  const float e0 = bits<float>(bits<uint32_t>(fmaxf(y0, kOne)) & kExponent);
-  const float e1 = bits<float>(bits<uint32_t>(fmaxf(y1, kOne)) & kExponent);
-  r0 = fmaf(e0, -0x1p22f, fmaf(e0, 0x1p22f, y0));
-  r1 = fmaf(e1, -0x1p22f, fmaf(e1, 0x1p22f, y1));
+  r0 = round_signed(y0), r1 = round_signed(y1);
 #endif
 }
 
@@ -215,16 +240,19 @@ __device__ __forceinline__ void round_scales(float a, float b, Scale& rounded_a,
 #endif
 }
 
-// Codes of a block without their signs, from e2m1 magnitudes times kOne, eight at a time.
+// Codes of a block from e2m1 numbers times kOne, eight at a time. Signs may be there or not: zeros may have lost their
+// own, and codes_of takes all from the input.
 struct Codes {
 #if defined(FOS_NATIVE_FP8) && !defined(FOS_NATIVE_E2M1)
-  uint32_t part[4];  // e5m2 bytes 0000ccc0, the code in bits 3..1: even columns, odd columns, and so again
+  uint32_t part[4];  // e5m2 bytes s000ccc0, the code in bits 3..1: even columns, odd columns, and so again
 
   __device__ __forceinline__ void set(int half, const float* r) {
     part[2 * half] = four(r), part[2 * half + 1] = four(r + 1);
   }
 
-  __device__ __forceinline__ uint32_t word(int half) const { return part[2 * half] >> 1 | part[2 * half + 1] << 3; }
+  __device__ __forceinline__ uint32_t word(int half) const {
+    return (part[2 * half] >> 1 & 0x07070707u) | (part[2 * half + 1] << 3 & 0x70707070u);
+  }
 
  private:
   static __device__ __forceinline__ uint32_t four(const float* r) {
@@ -244,7 +272,7 @@ struct Codes {
 #if defined(FOS_NATIVE_E2M1)
       const uint32_t byte = __nv_cvt_float2_to_fp4x2(make_float2(r[i], r[i + 1]), __NV_E2M1, cudaRoundNearest);
 #else
-      const uint32_t byte = e2m1_code(r[i]) | e2m1_code(r[i + 1]) << 4;
+      const uint32_t byte = e2m1_code(magnitude(r[i])) | e2m1_code(magnitude(r[i + 1])) << 4;
 #endif
       part[half] |= byte << 4 * i;
     }
@@ -307,7 +335,7 @@ constexpr float kSmallest = 0x1p-50f, kLargest = 0x1p50f;
 // What a row's blocks share.
 struct Row {
   float amax, encode, decode;  // GlobalScales
-  float unit;     // decode / kOne, or 0 for an amax of 0: then the errors tie, and the specification decides
+  float unit;     // decode / kOne, or 0 for an amax of 0: dividing by it, the filter leaves all to the specification
   float largest;  // kLargest, or 0 for a row without a finite amax: none of its blocks is in the filter's range
 };
 
@@ -327,24 +355,22 @@ struct Chosen {
 // specification can tell.
 template <Metric metric, bool adaptive, class Rounded>
 __device__ __forceinline__ bool choose(const Row& row, Raw& raw, Chosen<Rounded>& out) {
-  const Raw unsigned_raw = magnitudes(raw);
-  const float v = bits<float>(largest_bits(unsigned_raw));
+  const float v = bits<float>(largest_bits(larger_magnitudes(raw)));
   if (v >= kSmallest && v <= row.largest) {
-    float a[kBlock];
-    unpack(unsigned_raw, a);
+    float values[kBlock];
+    unpack(raw, values);
     if constexpr (adaptive) {
       const float b = sixth(v) * row.encode;
       Scale scale6, scale4;
       round_scales(b, b * 1.5f, scale6, scale4);
-      // As magnitudes of kOne: a power of two, which moves no rounding here.
-      const float inverse6 = reciprocal(scale6.value * row.decode) * kOne;
-      const float inverse4 = reciprocal(scale4.value * row.decode) * kOne;
+      // kOne is a power of two and moves no rounding: where a unit leaves fp32's normal range, v / unit is not below 7.
       const float unit6 = scale6.value * row.unit, unit4 = scale4.value * row.unit;
+      const float inverse6 = reciprocal(unit6), inverse4 = reciprocal(unit4);
       float error6 = 0.0f, error4 = 0.0f;
       Rounded rounded6, rounded4;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float* x = a + 8 * half;
+        const float* x = values + 8 * half;
         float r6[8], r4[8];
 #pragma unroll
         for (int i = 0; i < 8; i += 2) {
@@ -371,14 +397,13 @@ __device__ __forceinline__ bool choose(const Row& row, Raw& raw, Chosen<Rounded>
       Scale unused;
       const float b = unrounded_scale<false>(v, row.encode);
       round_scales(b, b, out.scale, unused);
-      const float inverse = reciprocal(out.scale.value * row.decode) * kOne;
+      const float inverse = reciprocal(out.scale.value * row.unit);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
+        const float* x = values + 8 * half;
         float r[8];
 #pragma unroll
-        for (int i = 0; i < 8; i += 2) {
-          round_pair(a[8 * half + i] * inverse, a[8 * half + i + 1] * inverse, r[i], r[i + 1]);
-        }
+        for (int i = 0; i < 8; i += 2) round_pair(x[i] * inverse, x[i + 1] * inverse, r[i], r[i + 1]);
         out.rounded.set(half, r);
       }
       return v * inverse < 7.0f * kOne;

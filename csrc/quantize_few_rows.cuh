@@ -86,7 +86,7 @@ __global__ void __maxnreg__((registers<gated, as_values>()))
   cudaGridDependencySynchronize();
   cudaTriggerProgrammaticLaunchCompletion();  // not before: CTAs of several calls would crowd on some multiprocessors
   Raw raw = read<gated>(x, min(block, blocks - 1), blocks);  // the last one again does no harm
-  const uint32_t amax = largest_of_cluster(exchange, warps, largest_bits(magnitudes(raw)));
+  const uint32_t amax = largest_of_cluster(exchange, warps, largest_bits(larger_magnitudes(raw)));
   const GlobalScales global = global_scales(bits<float>(amax), q.recipe.encoded_amax);
   if (block == 0) q.decode_scale[row] = stored_decode_scale(global);
   const Row shared = row_of(global);
