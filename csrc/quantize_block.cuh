@@ -202,16 +202,16 @@ constexpr float kOne = 0x1p-14f;
 constexpr float kOne = 1.0f;
 #endif
 
-// The e2m1 number, times kOne, nearest to y times kOne, for magnitudes below 7; without the sign where it is 0.
-// As round_e2m1, but 1.5 * 2^22 * e is added: with y of either sign, the sum stays between 2^22 * e and 2^23 * e, where
-// a unit is e / 2, as the grid's. The addend is an even number of units, and so ties go to even codes. It is exact as a
-// product: fusing it with the sum changes nothing.
+// The e2m1 number, times kOne, nearest to y, for magnitudes below 7 * kOne; without the sign where it is 0.
+// As round_e2m1, but 1.5 * 2^22 * e is added, e being the power of two of y's binade: with y of either sign, the sum
+// lies between 2^22 * e and 2^23 * e, where a unit is e / 2, as the grid's. The addend is an even number of units, and so
+// ties go to even codes. It is exact as a product: fusing it with the sum changes nothing. (Seen to agree for every y.)
 __device__ __forceinline__ float round_signed(float y) {
   const float e = bits<float>(bits<uint32_t>(fmaxf(fabsf(y), kOne)) & kExponent);
   return fmaf(e, -0x1.8p22f, fmaf(e, 0x1.8p22f, y));
 }
 
-// As above, of two; zeros may keep their sign.
+// Of two; here zeros may keep their sign.
 __device__ __forceinline__ void round_pair(float y0, float y1, float& r0, float& r1) {
 #if defined(FOS_NATIVE_E2M1)
   const __nv_fp4x2_storage_t pair = __nv_cvt_float2_to_fp4x2(make_float2(y0, y1), __NV_E2M1, cudaRoundNearest);
