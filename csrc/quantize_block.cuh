@@ -204,8 +204,8 @@ constexpr float kOne = 1.0f;
 
 // The e2m1 number, times kOne, nearest to y, for magnitudes below 7 * kOne; without the sign where it is 0.
 // As round_e2m1, but 1.5 * 2^22 * e is added, e being the power of two of y's binade: with y of either sign, the sum
-// lies between 2^22 * e and 2^23 * e, where a unit is e / 2, as the grid's. The addend is an even number of units, and so
-// ties go to even codes. It is exact as a product: fusing it with the sum changes nothing. (Seen to agree for every y.)
+// lies between 2^22 * e and 2^23 * e, where a unit is e / 2, as the grid's. The addend is an even number of units: ties
+// go to even codes. It is exact as a product: fusing it with the sum changes nothing. (Seen to agree for every such y.)
 __device__ __forceinline__ float round_signed(float y) {
   const float e = bits<float>(bits<uint32_t>(fmaxf(fabsf(y), kOne)) & kExponent);
   return fmaf(e, -0x1.8p22f, fmaf(e, 0x1.8p22f, y));
