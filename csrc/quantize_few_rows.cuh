@@ -34,6 +34,9 @@ __device__ __forceinline__ void open_exchange(Exchange& exchange, int warps) {
   if (threadIdx.x == 0) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncwarp();  // compute-sanitizer takes the first for all threads of the warp, as it is one instruction for them
+  if (threadIdx.x == 0) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(warps * 4) : "memory");
   }
   __cluster_barrier_arrive_relaxed();
