@@ -27,39 +27,50 @@ __device__ __forceinline__ int warp_sum_up_to(int value, int lane) {
   return value;
 }
 
-// One CTA: slots by expert, and the experts' rows in blocks. Where a slot lies among those of its expert depends on
-// which thread came first; what is computed of it does not.
+// Slots by expert, and the experts' rows in blocks. The CTAs of a cluster, which is all of the grid, share the slots:
+// counting takes as long as additions in one multiprocessor's shared memory do. Where a slot lies among those of its
+// expert depends on which thread came first; what is computed of it does not.
 __global__ void __launch_bounds__(kRouteThreads) sort_slots(const Route r) {
-  __shared__ int next[kMaxExperts];
+  __shared__ int next[kMaxExperts], all[kMaxExperts], before[kMaxExperts];
   const int thread = threadIdx.x, lane = thread % kWarp;
+  const int rank = blockIdx.x, ctas = gridDim.x, first_slot = rank * kRouteThreads + thread;
   let_kernel_after_start();
   for (int e = thread; e < r.experts; e += kRouteThreads) next[e] = 0;
   wait_for_kernel_before();
   __syncthreads();
-  for (int slot = thread; slot < r.slots; slot += kRouteThreads) {
+  for (int slot = first_slot; slot < r.slots; slot += ctas * kRouteThreads) {
     const int expert = expert_of(r, slot);
     if (expert >= 0) atomicAdd(&next[expert], 1);
   }
-  __syncthreads();
+  cluster_sync();
+  for (int e = thread; e < r.experts; e += kRouteThreads) {
+    all[e] = before[e] = 0;
+    for (int other = 0; other < ctas; ++other) {
+      const int count = load_int_from_cta(in_cta(shared_address(&next[e]), other));
+      all[e] += count;
+      before[e] += other < rank ? count : 0;
+    }
+  }
+  cluster_sync();  // nobody changes what others still read
   if (thread < kWarp) {
     int rows = 0, blocks = 0;
     for (int first = 0; first < r.experts; first += kWarp) {
-      const int expert = first + lane, own = expert < r.experts ? next[expert] : 0;
+      const int expert = first + lane, own = expert < r.experts ? all[expert] : 0;
       const int own_blocks = (own + r.tokens - 1) / r.tokens;
       const int rows_to = warp_sum_up_to(own, lane), blocks_to = warp_sum_up_to(own_blocks, lane);
       const int begin = rows + rows_to - own, end = rows + rows_to;
-      for (int i = 0; i < own_blocks; ++i) {
+      for (int i = 0; rank == 0 && i < own_blocks; ++i) {
         const int from = begin + i * r.tokens;
         r.blocks[blocks + blocks_to - own_blocks + i] = {expert, from, min(end, from + r.tokens), 0};
       }
-      if (expert < r.experts) next[expert] = begin;
+      if (expert < r.experts) next[expert] = begin + before[expert];
       rows += __shfl_sync(~0u, rows_to, kWarp - 1);
       blocks += __shfl_sync(~0u, blocks_to, kWarp - 1);
     }
-    if (lane == 0) r.in_use[0] = blocks, r.in_use[1] = rows;
+    if (rank == 0 && lane == 0) r.in_use[0] = blocks, r.in_use[1] = rows;
   }
   __syncthreads();
-  for (int slot = thread; slot < r.slots; slot += kRouteThreads) {
+  for (int slot = first_slot; slot < r.slots; slot += ctas * kRouteThreads) {
     const int expert = expert_of(r, slot);
     if (expert < 0) continue;
     const int row = atomicAdd(&next[expert], 1);
@@ -116,7 +127,20 @@ __global__ void __launch_bounds__(kSumThreads) sum_slots(const Combine c) {
 }  // namespace
 
 cudaError_t route(const Route& r, cudaStream_t stream) {
-  return launch_early(sort_slots, dim3(1), kRouteThreads, 0, stream, r);
+  constexpr int kMostCtas = 8;  // that any cluster may have
+  const int64_t ctas = ceil_div(r.slots, 2 * kRouteThreads);
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(ctas < 1 ? 1 : ctas < kMostCtas ? ctas : kMostCtas), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(attributes[1].val.clusterDim.x);
+  config.blockDim = dim3(kRouteThreads);
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  return cudaLaunchKernelEx(&config, sort_slots, r);
 }
 
 cudaError_t gather(const Gather& g, cudaStream_t stream) {

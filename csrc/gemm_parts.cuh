@@ -233,13 +233,13 @@ EncodeTiled encode_tiled() {
   return function;
 }
 
-// x as boxes of 64 columns, `tokens` rows and `steps` times 64 columns on; what lies outside of x reads as 0. Steps overlap
-// in this view: several at once are for whole steps alone, as only the first dimension knows where a row ends.
-bool map_of(const Gemm& g, int tokens, int steps, CUtensorMap* map) {
+// x as boxes of 64 columns, `rows` rows and `steps` times 64 columns on; what lies outside of x reads as 0, but only for
+// the first of the steps, as they overlap in this view: only the first dimension knows where a row ends.
+bool map_of(const Gemm& g, int rows, int steps, CUtensorMap* map) {
   const cuuint64_t shape[3] = {static_cast<cuuint64_t>(g.columns), static_cast<cuuint64_t>(g.rows),
-                               static_cast<cuuint64_t>(g.steps)};
+                               static_cast<cuuint64_t>(steps)};
   const cuuint64_t pitch[2] = {static_cast<cuuint64_t>(g.columns) * 2, kStep * 2};
-  const cuuint32_t box[3] = {kStep, static_cast<cuuint32_t>(tokens), static_cast<cuuint32_t>(steps)};
+  const cuuint32_t box[3] = {kStep, static_cast<cuuint32_t>(rows), static_cast<cuuint32_t>(steps)};
   const cuuint32_t stride[3] = {1, 1, 1};
   const auto type = kDtype == Dtype::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const EncodeTiled encode = encode_tiled();

@@ -5,12 +5,13 @@
 // from shared memory (so what is computed is y^T). Sums are fp32; decode scales come after them. Where x is itself
 // e2m1 * block_scale (W4A4), every product is exact.
 //
-// A CTA has two consumer warpgroups, each with 64 of the 128 weight rows of a tile, and two producer threads that keep
-// the copy engine `kStages` steps of 64 columns ahead. A warpgroup multiplies with one set of registers while it
-// unpacks into the other.
+// A team of two consumer warpgroups has a tile, each 64 of its 128 weight rows, and two producer threads that keep the
+// copy engine `kStages` stages of one or two steps of 64 columns ahead: how many copies there are is what limits it, not
+// how much they bring. A warpgroup multiplies with one set of registers while it unpacks into the other. A CTA has two
+// teams, so that one multiplies while the other unpacks or writes results; or one, of 256 tokens.
 //
-// Where tiles are few, a cluster shares the columns of one (`split`) and adds its sums, in the order of its ranks.
-// Otherwise CTAs stay and take tile after tile.
+// Where tiles are few, a cluster shares their columns (`split`) and adds its sums, in the order of its ranks. Otherwise
+// CTAs stay and take tile after tile.
 //
 // Compiled with FOS_DTYPE = bf16 or fp16 and FOS_OUTPUT = linear, gated or fp32, and -fmad=false: what is added is
 // rounded after it was multiplied.
@@ -18,38 +19,48 @@
 
 #include "gemm_parts.cuh"
 
-
 namespace fos::cuda {
 namespace {
 
 constexpr int kGroup = 128;  // threads
-constexpr int kGroups = 2;               // consumer warpgroups
-constexpr int kConsumers = kGroups * kGroup;
-constexpr int kThreads = kConsumers + kGroup;
+constexpr int kGroups = 2;   // consumer warpgroups of a team
+constexpr int kTeam = kGroups * kGroup, kWarps = kTeam / kWarp;
 constexpr int kGroupRows = kRowTile / kGroups;
-constexpr int kAtOnce = 4;        // CTAs whose sums are read before the first is added
-constexpr int kStagedTokens = 32;  // of a warpgroup, at once
+constexpr int kWarpRows = 16;
 
-// Sums are staged as [token][row], rows padded so that neither side meets a bank twice.
-constexpr int kGroupPitch = kGroupRows + 4, kTilePitch = kRowTile + 4;
+// Sums of a split tile are staged as [token][row], rows padded so that neither side meets a bank twice.
+constexpr int kTilePitch = kRowTile + 4;
 
-// Registers move from producers to consumers: a CTA begins with 168 for each thread of its three warpgroups.
-constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
-static_assert(kGroups * kConsumerRegisters + kProducerRegisters <= (kGroups + 1) * 168);
+// What a warp has finished of a few tokens, as [token][row] in 16 bits: 16 rows of 16 tokens, or 8 gated rows of 32.
+constexpr int kChunk = kOutput == Output::gated ? 32 : 16;
+constexpr int kChunkPitch = kOutput == Output::gated ? 16 : 48;  // bytes of a token, so that no bank is met twice
+constexpr int kChunkBytes = kChunk * kChunkPitch;
 
 template <int kTokens>
 struct Shape {
-  static constexpr int kTokenBytes = kTokens * kStep * 2;  // of a step
-  static constexpr int kStageBytes = kTokenBytes + kCodeBytes + kScaleBytes;
-  static constexpr int kStagingBytes = kGroups * kStagedTokens * kGroupPitch * 4;
-  static constexpr int kRoom = (kSharedMemory - kStagingBytes) / (kStageBytes + 16);
-  static constexpr int kStages = kRoom < 16 ? kRoom : 16;
-  // Tokens first, as the swizzle wants them at a multiple of 1024 bytes.
-  static constexpr int kCodesAt = kStages * kTokenBytes;
-  static constexpr int kScalesAt = kCodesAt + kStages * kCodeBytes;
-  static constexpr int kStagingAt = kScalesAt + kStages * kScaleBytes;
+  static constexpr int kTeams = kTokens <= 128 ? 2 : 1;
+  static constexpr int kConsumers = kTeams * kTeam, kThreads = kConsumers + kGroup;
+  // Registers move from producers to consumers: a CTA begins with as many for each thread.
+  static constexpr int kRegisters = kTeams == 2 ? 96 : 168;
+  static constexpr int kConsumerRegisters = kTeams == 2 ? 112 : 232, kProducerRegisters = kTeams == 2 ? 32 : 40;
+  static_assert(kTeams * kGroups * kConsumerRegisters + kProducerRegisters <= (kTeams * kGroups + 1) * kRegisters);
+  static constexpr int kSteps = kTokens <= 64 ? 2 : 1;  // of a stage
+  // Tiles of fewer tokens, where those are worth multiplications of their own. From half of the tokens down, the others
+  // are not copied either.
+  static constexpr int kHalf = kTokens / 2, kQuarter = kTokens >= 128 ? kTokens / 4 : kHalf;
+  static constexpr int kThreeQuarters = kTokens >= 128 ? kTokens * 3 / 4 : kTokens;
+  // A team's memory: its stages, then what its warps write, then two barriers for each stage. In a stage tokens come
+  // first, as the swizzle wants them at a multiple of 1024 bytes.
+  static constexpr int kCodesAt = kSteps * kTokens * kStep * 2;
+  static constexpr int kScalesAt = kCodesAt + kSteps * kCodeBytes;
+  static constexpr int kStageBytes = (kScalesAt + kSteps * kScaleBytes + 1023) / 1024 * 1024;
+  static constexpr int kStagingBytes = kOutput == Output::fp32 ? 0 : kWarps * kChunkBytes;
+  static constexpr int kTeamBytes = kSharedMemory / kTeams / 1024 * 1024;
+  static constexpr int kStages = (kTeamBytes - kStagingBytes) / (kStageBytes + 16);
+  static constexpr int kStagingAt = kStages * kStageBytes;
   static constexpr int kBarriersAt = kStagingAt + kStagingBytes;
-  static constexpr int kBytes = kBarriersAt + kStages * 16;
+  static constexpr int kBytes = kTeams * kTeamBytes;
+  static_assert(kBarriersAt + kStages * 16 <= kTeamBytes);
   static_assert(kTokens * kTilePitch * 4 <= kStagingAt, "the sums of a split tile take the place of its stages");
 };
 
@@ -68,71 +79,47 @@ struct Tiles {
     count = (g.blocks == nullptr ? g.block_limit : *g.blocks_in_use) * g.row_tiles;
   }
 
-  // Tokens first, 8 blocks of them at a time: tiles that run side by side share weights and x in the cache.
   __device__ __forceinline__ Tile operator()(const Gemm& g, int index) const {
+    if (g.blocks != nullptr) {
+      const int4 found = __ldg(reinterpret_cast<const int4*>(g.blocks) + index / g.row_tiles);
+      return {index % g.row_tiles, {found.x, found.y, found.z, 0}};
+    }
+    // Tokens first, 8 blocks of them at a time: tiles that run side by side share weights and x in the cache.
     constexpr int kSideBySide = 8;
-    const int blocks = count / g.row_tiles, first = index / (kSideBySide * g.row_tiles) * kSideBySide;
-    const int side = min(kSideBySide, blocks - first), within = index - first * g.row_tiles;
-    const int block = first + within % side, row_tile = within / side;
-    if (g.blocks == nullptr) return {row_tile, {0, block * g.tokens, g.rows, 0}};
-    const int4 found = __ldg(reinterpret_cast<const int4*>(g.blocks) + block);
-    return {row_tile, {found.x, found.y, found.z, 0}};
+    const int first = index / (kSideBySide * g.row_tiles) * kSideBySide;
+    const int side = min(kSideBySide, g.block_limit - first), within = index - first * g.row_tiles;
+    const int begin = (first + within % side) * g.tokens;
+    return {within / side, {0, begin, min(begin + g.tokens, g.rows), 0}};
   }
 };
 
 // --- from sums to results ---
 
-// Sums [64 rows, kTokens] of a warpgroup in wgmma's order, to shared memory as [token][row], `tokens` from `first` on.
-template <int kTokens, int kCount, int kPitch>
-__device__ __forceinline__ void stage(const float (&sums)[kTokens / 2], int first, float* staged, int thread) {
-  const int row = thread / kWarp * 16 + thread % kWarp / 4, token = thread % 4 * 2;
-#pragma unroll
-  for (int i = 0; i < kCount / 8; ++i) {
-    float* to = staged + (i * 8 + token) * kPitch + row;
-    const float* from = sums + (first / 8 + i) * 4;
-    to[0] = from[0];
-    to[kPitch] = from[1];
-    to[8] = from[2];
-    to[kPitch + 8] = from[3];
-  }
-}
-
-// A warpgroup's half of a tile, through shared memory of its own.
+// Sums [64 rows, kTokens] of a warpgroup in wgmma's order, to shared memory as [token][row].
 template <int kTokens>
-__device__ __forceinline__ void write_group(const Gemm& g, const Tile& tile, const float (&sums)[kTokens / 2],
-                                            float* staging, int group, int thread) {
-  using S = Shape<kTokens>;
-  constexpr int kPieces = kGroupRows / kPieceRows;  // of a token
-  float* staged = staging + group * kStagedTokens * kGroupPitch;
-  const int row = first_row(thread % kPieces);
-  const Piece piece(g, tile.block.expert, tile.row_tile * kRowTile + group * kGroupRows + row);
+__device__ __forceinline__ void stage(const float (&sums)[kTokens / 2], float* staged, int thread) {
+  const int row = thread / kWarp * kWarpRows + thread % kWarp / 4, token = thread % 4 * 2;
 #pragma unroll
-  for (int first = 0; first < kTokens; first += kStagedTokens) {
-    if (tile.block.begin + first >= tile.block.end) break;
-    named_barrier(1 + group, kGroup);
-    stage<kTokens, kStagedTokens, kGroupPitch>(sums, first, staged, thread);
-    named_barrier(1 + group, kGroup);
-    if (!piece.inside) continue;
-#pragma unroll 1
-    for (int token = thread / kPieces; token < kStagedTokens; token += kGroup / kPieces) {
-      const int x_row = tile.block.begin + first + token;
-      if (x_row >= tile.block.end) break;
-      float own[kPieceRows];
-      load_sums(staged + token * kGroupPitch + row, own);
-      piece.finish(g, x_row, own);
-    }
+  for (int i = 0; i < kTokens / 8; ++i) {
+    float* to = staged + (i * 8 + token) * kTilePitch + row;
+    const float* from = sums + i * 4;
+    to[0] = from[0];
+    to[kTilePitch] = from[1];
+    to[8] = from[2];
+    to[kTilePitch + 8] = from[3];
   }
 }
 
 // A tile whose columns the cluster shared: every CTA adds and writes some of its tokens.
 template <int kTokens>
-__device__ __forceinline__ void write_split(const Gemm& g, const Tile& tile, float* staged, int rank, int thread) {
+__device__ __forceinline__ void write_split(const Gemm& g, const Tile& tile, const float* staged, int rank, int thread) {
   constexpr int kPieces = kRowTile / kPieceRows;
+  constexpr int kAtOnce = 4;  // CTAs whose sums are read before the first is added
   const int row = first_row(thread % kPieces);
   const Piece piece(g, tile.block.expert, tile.row_tile * kRowTile + row);
   const int end = min((rank + 1) * kTokens / g.split, tile.block.end - tile.block.begin);
 #pragma unroll 1
-  for (int token = rank * kTokens / g.split + thread / kPieces; token < end; token += kConsumers / kPieces) {
+  for (int token = rank * kTokens / g.split + thread / kPieces; token < end; token += kTeam / kPieces) {
     const uint32_t at = shared_address(staged + token * kTilePitch + row);
     float sums[kPieceRows] = {};
     for (int first = 0; first < g.split; first += kAtOnce) {
@@ -159,24 +146,152 @@ __device__ __forceinline__ void write_split(const Gemm& g, const Tile& tile, flo
   }
 }
 
+// The 16 weight rows of a warp, or 8 of gate and the 8 of up that belong to them. A thread has rows r and r + 8.
+struct Strip {
+  int output;   // the first
+  bool inside;  // all are, or none
+  float scale[2] = {}, bias[2] = {};
+
+  __device__ __forceinline__ Strip(const Gemm& g, const Tile& tile, int warp, int lane) {
+    const int row = tile.row_tile * kRowTile + warp * kWarpRows;
+    output = kOutput == Output::gated ? row / 2 : row;
+    inside = output < g.outputs;
+    if (!inside) return;
+    const int weight_rows = kOutput == Output::gated ? 2 * g.outputs : g.outputs, own = output + lane / 4;
+    const float* of_expert = g.decode_scale + static_cast<int64_t>(tile.block.expert) * weight_rows;
+    const int on = kOutput == Output::gated ? g.outputs : 8;
+    scale[0] = of_expert[own];
+    scale[1] = of_expert[own + on];
+    if (kOutput == Output::linear && g.bias != nullptr) {
+      bias[0] = load_number(g.bias, g.bias_dtype, own);
+      bias[1] = load_number(g.bias, g.bias_dtype, own + on);
+    }
+  }
+};
+
+// Of the tokens that a warp writes, a lane knows every 32nd.
+template <int kTokens>
+struct Tokens {
+  static constexpr int kEach = (kTokens + kWarp - 1) / kWarp;
+  float scale[kEach];
+  int row[kEach];  // of out
+
+  __device__ __forceinline__ Tokens(const Gemm& g, const Block& block, int lane) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int x_row = block.begin + i * kWarp + lane;
+      scale[i] = 1.0f;
+      row[i] = x_row;
+      if (x_row >= block.end) continue;
+      if (g.token_scale != nullptr) scale[i] = g.token_scale[g.token_of == nullptr ? x_row : g.token_of[x_row]];
+      if (g.out_row != nullptr) row[i] = g.out_row[x_row];
+    }
+  }
+  // For a token that is the same in every lane, but for what `lane_token` adds; first is a multiple of 8.
+  __device__ __forceinline__ float scale_of(int first, int lane_token) const {
+    return __shfl_sync(~0u, scale[first / kWarp], first % kWarp + lane_token);
+  }
+  __device__ __forceinline__ int row_of(int first, int lane_token) const {
+    return __shfl_sync(~0u, row[first / kWarp], first % kWarp + lane_token);
+  }
+};
+
+// Two neighbouring tokens of a row.
+__device__ __forceinline__ uint32_t pack(float first, float second) {
+  alignas(4) Value values[2];
+  round_to(first, values[0]);
+  round_to(second, values[1]);
+  return *reinterpret_cast<const uint32_t*>(values);
+}
+
+// A warp's rows of `count` tokens, from registers; through shared memory of its own where a row has 16 bits a number.
+template <int kTokens>
+__device__ __forceinline__ void write_rows(const Gemm& g, const Strip& strip, const Block& block,
+                                           const float (&sums)[kTokens / 2], uint32_t staging, int lane) {
+  if (!strip.inside) return;
+  const Tokens<kTokens> tokens(g, block, lane);
+  const int count = block.end - block.begin;
+  const int column = lane % 4 * 2;
+  // ((sum * token_scale) * decode_scale) of rows r and r + 8 for two tokens, each.
+  const auto finished = [&](int token, float (&y)[4]) {
+    const float scales[2] = {tokens.scale_of(token, column), tokens.scale_of(token, column + 1)};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) y[i] = ((sums[token / 2 + i] * kUnscale) * scales[i % 2]) * strip.scale[i / 2];
+  };
+  if constexpr (kOutput == Output::fp32) {
+#pragma unroll
+    for (int token = 0; token < kTokens; token += 8) {
+      if (token >= count) break;
+      float y[4];
+      finished(token, y);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = tokens.row_of(token, column + i);
+        if (token + column + i >= count) continue;
+        float* out = static_cast<float*>(g.out) + static_cast<int64_t>(row) * g.outputs + strip.output + lane / 4;
+        out[0] = y[i];
+        out[8] = y[i + 2];
+      }
+    }
+  } else {
+    constexpr int kRows = kOutput == Output::gated ? 8 : kWarpRows;
+    constexpr int kPieces = kRows / 8;  // of a token: 16 bytes
+    const uint32_t to = staging + (kOutput == Output::gated ? lane * kChunkPitch
+                                                            : (lane / 16 * 8 + lane % 8) * kChunkPitch + lane / 8 % 2 * 16);
+    const uint32_t from = staging + lane / kPieces * kChunkPitch + lane % kPieces * 16;
+#pragma unroll
+    for (int first = 0; first < kTokens; first += kChunk) {
+      if (first >= count) break;
+      uint32_t matrices[4];
+#pragma unroll
+      for (int i = 0; i < kChunk / 8; ++i) {
+        const int token = first + i * 8;
+        if (token >= kTokens) break;
+        float y[4];
+        finished(token, y);
+        if constexpr (kOutput == Output::gated) {
+          matrices[i] = pack(activate(rounded(y[0]), rounded(y[2]), g.activation),
+                             activate(rounded(y[1]), rounded(y[3]), g.activation));
+        } else {
+          if (g.bias != nullptr) {
+#pragma unroll
+            for (int k = 0; k < 4; ++k) y[k] = y[k] + strip.bias[k / 2];
+          }
+          matrices[2 * i] = pack(y[0], y[1]);
+          matrices[2 * i + 1] = pack(y[2], y[3]);
+        }
+      }
+      __syncwarp();
+      store_matrices_transposed(to, matrices);
+      __syncwarp();
+      const int token = first + lane / kPieces, row = tokens.row_of(first, lane / kPieces);
+      const uint4 piece = load_shared(from);
+      if (token >= count) continue;
+      *reinterpret_cast<uint4*>(static_cast<Value*>(g.out) + static_cast<int64_t>(row) * g.outputs + strip.output +
+                                lane % kPieces * 8) = piece;
+    }
+  }
+}
+
 // --- the kernel ---
 
 // Where a thread is in the ring of stages.
 template <int kTokens>
 struct Ring {
   using S = Shape<kTokens>;
-  uint32_t base;  // of the CTA's shared memory
-  int stage = 0;
+  uint32_t base;       // of the team's shared memory
+  uint32_t at = base;  // of the stage
+  uint32_t barrier = base + S::kBarriersAt;
   uint32_t parity = 0;
 
-  __device__ __forceinline__ uint32_t full() const { return base + S::kBarriersAt + stage * 8; }
-  __device__ __forceinline__ uint32_t empty() const { return full() + S::kStages * 8; }
-  __device__ __forceinline__ uint32_t tokens() const { return base + stage * S::kTokenBytes; }
-  __device__ __forceinline__ uint32_t codes() const { return base + S::kCodesAt + stage * kCodeBytes; }
-  __device__ __forceinline__ uint32_t scales() const { return base + S::kScalesAt + stage * kScaleBytes; }
+  __device__ __forceinline__ uint32_t full() const { return barrier; }
+  __device__ __forceinline__ uint32_t empty() const { return barrier + 8; }
   __device__ __forceinline__ void advance() {
-    if (++stage < S::kStages) return;
-    stage = 0;
+    at += S::kStageBytes;
+    barrier += 16;
+    if (barrier != base + S::kBarriersAt + S::kStages * 16) return;
+    at = base;
+    barrier = base + S::kBarriersAt;
     parity ^= 1;
   }
 };
@@ -186,32 +301,45 @@ struct Steps {
   int first, last;
 };
 
-// One thread brings all weights of the CTA's tiles.
+// x as boxes of all tokens of a tile or of half of them, for a whole stage or for one step.
+struct Maps {
+  CUtensorMap of[2][2];
+};
+
+// Tokens of a tile that are copied, at least those of its block.
 template <int kTokens>
-__device__ __forceinline__ void bring_weights(const Gemm& g, Ring<kTokens> ring, Steps steps, int cluster, int clusters) {
+__device__ __forceinline__ int copied(const Block& block) {
+  return block.end - block.begin > Shape<kTokens>::kHalf ? kTokens : Shape<kTokens>::kHalf;
+}
+
+// One thread brings all weights of a team's tiles: the `first`, and those `apart`.
+template <int kTokens>
+__device__ __forceinline__ void bring_weights(const Gemm& g, Ring<kTokens> ring, Steps steps, int first, int apart) {
   using S = Shape<kTokens>;
   const auto copy = [&](const Tile& tile, int step) {
-    const int64_t at = (static_cast<int64_t>(tile.block.expert) * g.row_tiles + tile.row_tile) * g.steps + step;
-    expect_bytes(ring.full(), S::kStageBytes);
-    copy_bulk(ring.codes(), g.codes + at * kCodeBytes, kCodeBytes, ring.full());
-    copy_bulk(ring.scales(), g.block_scale + at * kScaleBytes, kScaleBytes, ring.full());
+    const int64_t from = (static_cast<int64_t>(tile.block.expert) * g.row_tiles + tile.row_tile) * g.steps + step;
+    const int count = min(S::kSteps, steps.last - step);
+    expect_bytes(ring.full(), count * (kCodeBytes + kScaleBytes + copied<kTokens>(tile.block) * kStep * 2));
+    copy_bulk(ring.at + S::kCodesAt, g.codes + from * kCodeBytes, count * kCodeBytes, ring.full());
+    copy_bulk(ring.at + S::kScalesAt, g.block_scale + from * kScaleBytes, count * kScaleBytes, ring.full());
     ring.advance();
   };
   int step = steps.first;
   if (g.blocks == nullptr) {
     // Weights may come before the kernel before this one has ended: it is not the one that made them (tiles_sm90.cu).
-    const Tiles tiles(g);
-    if (cluster < tiles.count) {
-      const Tile tile = tiles(g, cluster);
-      for (int i = 0; i < S::kStages && step < steps.last; ++i, ++step) copy(tile, step);
+    if (first < Tiles(g).count) {
+      const Tile tile = Tiles(g)(g, first);
+#pragma unroll 1
+      for (int i = 0; i < S::kStages && step < steps.last; ++i, step += S::kSteps) copy(tile, step);
     }
   }
   wait_for_kernel_before();
   const Tiles tiles(g);
-  for (int index = cluster; index < tiles.count; index += clusters) {
+  for (int index = first; index < tiles.count; index += apart) {
     const Tile tile = tiles(g, index);
-    for (; step < steps.last; ++step) {
-      wait(ring.empty(), ring.parity ^ 1);
+#pragma unroll 1
+    for (; step < steps.last; step += S::kSteps) {
+      wait_long(ring.empty(), ring.parity ^ 1);
       copy(tile, step);
     }
     step = steps.first;
@@ -219,134 +347,238 @@ __device__ __forceinline__ void bring_weights(const Gemm& g, Ring<kTokens> ring,
   let_kernel_after_start();
 }
 
-// And one all rows of x: asking for copies is what limits a thread.
+// And one all rows of x.
 template <int kTokens>
-__device__ __forceinline__ void bring_tokens(const Gemm& g, const CUtensorMap* map, Ring<kTokens> ring, Steps steps,
-                                             int cluster, int clusters) {
+__device__ __forceinline__ void bring_tokens(const Gemm& g, const Maps& maps, Ring<kTokens> ring, Steps steps, int first,
+                                             int apart) {
+  using S = Shape<kTokens>;
   wait_for_kernel_before();
   const Tiles tiles(g);
-  for (int index = cluster; index < tiles.count; index += clusters) {
+  for (int index = first; index < tiles.count; index += apart) {
     const Tile tile = tiles(g, index);
-    for (int step = steps.first; step < steps.last; ++step, ring.advance()) {
-      wait(ring.empty(), ring.parity ^ 1);
-      copy_box(ring.tokens(), map, step * kStep, tile.block.begin, 0, ring.full());
+    const int rows = copied<kTokens>(tile.block), half = rows < kTokens;
+#pragma unroll 1
+    for (int step = steps.first; step < steps.last; step += S::kSteps, ring.advance()) {
+      wait_long(ring.empty(), ring.parity ^ 1);
+      // Of several steps, the map knows only for the first where a row ends.
+      const bool whole = step + S::kSteps <= steps.last && (step + S::kSteps) * kStep <= g.columns;
+      if (S::kSteps == 1 || whole) {
+        copy_box(ring.at, &maps.of[half][0], step * kStep, tile.block.begin, 0, ring.full());
+      } else {
+        for (int i = 0; i < S::kSteps && step + i < steps.last; ++i) {
+          copy_box(ring.at + i * rows * kStep * 2, &maps.of[half][1], (step + i) * kStep, tile.block.begin, 0, ring.full());
+        }
+      }
     }
   }
 }
 
-// A warpgroup's sums of a tile by wgmma: 64 weight rows, all tokens.
+// How many tokens a tile multiplies: as few as its block has, in parts of the most.
 template <int kTokens>
-__device__ __forceinline__ void multiply_by_group(const Gemm& g, Ring<kTokens>& ring, int steps, int group, int thread,
-                                                  float (&sums)[kTokens / 2]) {
+__device__ __forceinline__ uint32_t parts_of(const Block& block) {
   using S = Shape<kTokens>;
-  uint32_t codes = group * (kCodeBytes / 2) + thread * 16, scales = group * (kScaleBytes / 2) + thread / 4 * 8;
-  keep(codes);
-  keep(scales);
-  const Powers& by = g.powers;
-  const bool speaks = thread % kWarp == 0;
-  uint32_t held = 0;  // what says that the stage is free which a multiplication under way reads
-  uint32_t even[2][4], odd[2][4];
-  // Two k16 steps: while they are multiplied, the other registers are filled with the next two.
-  const auto multiply = [&](uint32_t (&values)[2][4], uint64_t tokens, bool more) {
-    settle(values[0]);
-    settle(values[1]);
-    wgmma_fence();
-    Wgmma<Value, kTokens>::multiply(sums, values[0], tokens, more);
-    Wgmma<Value, kTokens>::multiply(sums, values[1], tokens + (kBlock * 2 >> 4), 1);
-    wgmma_commit();
-  };
-  for (int step = 0; step < steps; ++step) {
-    wait(ring.full(), ring.parity);
-    const Packed w(ring.codes() + codes, ring.scales() + scales);
-    const uint64_t tokens = swizzled_operand(ring.tokens());
-    const uint32_t scale = two_scales<0>(by, w.scale), scale_8 = two_scales<0>(by, w.scale_8);
-    const uint32_t next = two_scales<1>(by, w.scale), next_8 = two_scales<1>(by, w.scale_8);
-    wgmma_wait<1>();
-    unpack<false>(by, w.q[0], scale, scale_8, even[0]);
-    unpack<false>(by, w.q[1], next, next_8, even[1]);
-    multiply(even, tokens, step > 0);
-    wgmma_wait<1>();
-    if (step > 0 && speaks) arrive(held);  // what read the stage before has ended
-    unpack<true>(by, w.q[2], scale, scale_8, odd[0]);
-    unpack<true>(by, w.q[3], next, next_8, odd[1]);
-    multiply(odd, tokens + (2 * kBlock * 2 >> 4), true);
-    held = ring.empty();
-    ring.advance();
-  }
-  wgmma_wait<0>();
-  if (steps > 0 && speaks) arrive(held);
+  const int count = block.end - block.begin;
+  if (count > S::kThreeQuarters || (kTokens == S::kThreeQuarters && count > S::kHalf)) return 4;
+  return count > S::kHalf ? 3 : count > S::kQuarter ? 2 : 1;
 }
 
+// A warpgroup's sums of a tile by wgmma: 64 weight rows, all tokens of `parts`.
 template <int kTokens>
-__global__ void __launch_bounds__(kThreads, 1)
-    gemm(const __grid_constant__ CUtensorMap map, const Gemm g) {
+struct Multiply {
+  using S = Shape<kTokens>;
+  // k16 blocks that are multiplied at once, while the next as many are unpacked into other registers: half of a stage.
+  static constexpr int kBlocks = S::kSteps * 2;
+  using Values = uint32_t[kBlocks][4];
+
+  const Powers& by;
+  Ring<kTokens>& ring;
+  float (&sums)[kTokens / 2];
+  uint32_t parts, rows;    // what is multiplied, and copied, of the tokens
+  uint32_t codes, scales;  // of the thread, in a stage
+  uint32_t speaks;         // for its warp
+
+  __device__ __forceinline__ void release(uint32_t stage) const {
+    if (stage != 0 && speaks) arrive(stage);
+  }
+
+  // `tokens`: where the first block's are, in 16 bytes. One loop for all parts: one each would have registers of its own
+  // for what is multiplied, and there are not as many.
+  __device__ __forceinline__ void multiply(Values& values, uint32_t tokens) {
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) settle(values[i]);
+    wgmma_fence();
+    if (parts == 4) {
+      multiply_part<kTokens>(values, tokens);
+    } else if (S::kThreeQuarters < kTokens && parts == 3) {
+      multiply_part<S::kThreeQuarters>(values, tokens);
+    } else if (S::kHalf > S::kQuarter && parts == 2) {
+      multiply_part<S::kHalf>(values, tokens);
+    } else {
+      multiply_part<S::kQuarter>(values, tokens);
+    }
+  }
+  template <int kCount>
+  __device__ __forceinline__ void multiply_part(const Values& values, uint32_t tokens) {
+    float(&some)[kCount / 2] = reinterpret_cast<float(&)[kCount / 2]>(sums);
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+      Wgmma<Value, kCount>::multiply(some, values[i], swizzled_operand(tokens + i * kBlock * 2 / 16));
+    }
+    wgmma_commit();
+  }
+
+  // Half of a step's four blocks.
+  template <bool second>
+  __device__ __forceinline__ void unpack_half(const Packed& w, const uint32_t (&scale)[4], uint32_t (&a)[4],
+                                              uint32_t (&b)[4]) const {
+    unpack<second>(by, w.q[2 * second], scale[0], scale[1], a);
+    unpack<second>(by, w.q[2 * second + 1], scale[2], scale[3], b);
+  }
+  __device__ __forceinline__ void widen_scales(const Packed& w, uint32_t (&scale)[4]) const {
+    scale[0] = two_scales<0>(by, w.scale), scale[1] = two_scales<0>(by, w.scale_8);
+    scale[2] = two_scales<1>(by, w.scale), scale[3] = two_scales<1>(by, w.scale_8);
+  }
+
+  __device__ __forceinline__ void operator()(uint32_t steps) {
+    keep(parts);
+    uint32_t held = 0;  // what says that the stage is free which a multiplication under way reads, or 0
+    Values even, odd;
+    uint32_t scale[4];
+#pragma unroll 1
+    for (uint32_t step = 0; step < steps; step += S::kSteps) {
+      wait(ring.full(), ring.parity);
+      const Packed w(ring.at + codes, ring.at + scales);
+      if constexpr (S::kSteps == 1) {
+        widen_scales(w, scale);
+        wgmma_wait<1>();
+        unpack_half<false>(w, scale, even[0], even[1]);
+        multiply(even, ring.at / 16);
+        wgmma_wait<1>();
+        release(held);  // what read the stage before has ended
+        unpack_half<true>(w, scale, odd[0], odd[1]);
+        multiply(odd, ring.at / 16 + 2 * kBlock * 2 / 16);
+      } else {
+        const Packed next(ring.at + kCodeBytes + codes, ring.at + kScaleBytes + scales);
+        widen_scales(w, scale);
+        wgmma_wait<1>();
+        unpack_half<false>(w, scale, even[0], even[1]);
+        unpack_half<true>(w, scale, even[2], even[3]);
+        multiply(even, ring.at / 16);
+        wgmma_wait<1>();
+        release(held);
+        if (step + 1 < steps) {
+          widen_scales(next, scale);
+          unpack_half<false>(next, scale, odd[0], odd[1]);
+          unpack_half<true>(next, scale, odd[2], odd[3]);
+          multiply(odd, ring.at / 16 + rows * (kStep * 2 / 16));
+        }
+      }
+      held = ring.empty();
+      ring.advance();
+    }
+    wgmma_wait<0>();
+    release(held);
+  }
+};
+
+// `kShared`: a cluster shares the columns of a tile for each of its teams.
+template <int kTokens, bool kShared>
+__global__ void __launch_bounds__(Shape<kTokens>::kThreads, 1)
+    gemm(const __grid_constant__ Maps maps, const Gemm g) {
   using S = Shape<kTokens>;
   extern __shared__ __align__(1024) uint8_t memory[];
-  Ring<kTokens> ring{shared_address(memory)};
-  const int warp = threadIdx.x / kWarp, thread = threadIdx.x % kGroup;
-  const int rank = blockIdx.x % g.split;
-  const int cluster = blockIdx.x / g.split, clusters = gridDim.x / g.split;
-  const Steps steps = {min(g.steps, rank * g.split_steps), min(g.steps, (rank + 1) * g.split_steps)};
+  const int warp_of_all = uniform(threadIdx.x / kWarp), lane = threadIdx.x % kWarp;
+  const bool consumes = warp_of_all < S::kTeams * kWarps;
+  const int producer = warp_of_all - S::kTeams * kWarps;  // two of a team
+  const int team = consumes ? warp_of_all / kWarps : producer / 2;
+  const int warp = warp_of_all % kWarps;
+  // First teams have the first tiles, so that every multiprocessor has one before some have two.
+  const int split = kShared ? g.split : 1, rank = blockIdx.x % split, clusters = gridDim.x / split;
+  const int first = blockIdx.x / split + team * clusters, apart = clusters * S::kTeams;
+  const Steps steps = kShared ? Steps{min(g.steps, rank * g.split_steps), min(g.steps, (rank + 1) * g.split_steps)}
+                              : Steps{0, g.steps};
+  Ring<kTokens> ring{shared_address(memory) + team * S::kTeamBytes};
 
-  if (threadIdx.x == 0) {
+  if (!consumes && producer % 2 == 0 && team < S::kTeams && lane == 0) {
     for (int i = 0; i < S::kStages; ++i) {
-      barrier_init(ring.full() + i * 8, 1);
-      barrier_init(ring.empty() + i * 8, kConsumers / kWarp);
+      barrier_init(ring.full() + i * 16, 1);
+      barrier_init(ring.empty() + i * 16, kWarps);
     }
     barriers_ready();
-    prefetch_map(&map);
   }
   __syncthreads();
 
-  if (warp >= kConsumers / kWarp) {
-    give_registers<kProducerRegisters>();
-    if (threadIdx.x == kConsumers) {
-      bring_weights(g, ring, steps, cluster, clusters);
-    } else if (threadIdx.x == kConsumers + kWarp) {
-      bring_tokens(g, &map, ring, steps, cluster, clusters);
+  if (!consumes) {
+    give_registers<S::kProducerRegisters>();
+    if (lane == 0 && team < S::kTeams) {
+      if (producer % 2 == 0) {
+        bring_weights(g, ring, steps, first, apart);
+      } else {
+        bring_tokens(g, maps, ring, steps, first, apart);
+      }
     }
     __syncwarp();
-    if (g.split > 1) {
+    if (kShared) {
       cluster_sync();
       cluster_sync();
     }
     return;
   }
 
-  take_registers<kConsumerRegisters>();
+  take_registers<S::kConsumerRegisters>();
   keep(ring.base);
-  const int group = threadIdx.x / kGroup;
+  const int group = warp * kWarp / kGroup, thread = threadIdx.x % kGroup;
+  uint32_t codes = S::kCodesAt + group * (kCodeBytes / 2) + thread * 16;
+  keep(codes);
+  const uint32_t scales = S::kScalesAt + (codes - S::kCodesAt) / 64 * 8;
+  uint32_t speaks = lane == 0;
+  keep(speaks);
+  const auto multiply = [&](const Block& block, int steps_of_tile, float (&sums)[kTokens / 2]) {
+    Multiply<kTokens>{g.powers, ring,  sums,   parts_of<kTokens>(block), static_cast<uint32_t>(copied<kTokens>(block)),
+                      codes,    scales, speaks}(steps_of_tile);
+  };
   wait_for_kernel_before();
-  const Tiles tiles(g);
-  for (int index = cluster; index < tiles.count; index += clusters) {
-    const Tile tile = tiles(g, index);
-    float sums[kTokens / 2];
-    multiply_by_group(g, ring, steps.last - steps.first, group, thread, sums);
-    if (g.split == 1) {
-      write_group<kTokens>(g, tile, sums, reinterpret_cast<float*>(memory + S::kStagingAt), group, thread);
-    } else {
-      // One tile a cluster: its sums take the place of the stages, once both warpgroups are done with those.
-      named_barrier(1 + kGroups, kConsumers);
-      float* staged = reinterpret_cast<float*>(memory);
-      stage<kTokens, kTokens, kTilePitch>(sums, 0, staged + group * kGroupRows, thread);
-      cluster_sync();
-      write_split<kTokens>(g, tile, staged, rank, threadIdx.x);
-      cluster_sync();  // nobody ends while others read its sums
+  if constexpr (kShared) {
+    // One tile a team: its sums take the place of the stages, once both warpgroups are done with those.
+    float* staged = reinterpret_cast<float*>(memory + team * S::kTeamBytes);
+    const bool has_tile = first < Tiles(g).count;
+    const Tile tile = Tiles(g)(g, has_tile ? first : 0);
+    if (has_tile) {
+      float sums[kTokens / 2] = {};
+      multiply(tile.block, steps.last - steps.first, sums);
+      named_barrier(1 + team, kTeam);
+      stage<kTokens>(sums, staged + group * kGroupRows, thread);
+    }
+    cluster_sync();
+    if (has_tile) write_split<kTokens>(g, tile, staged, rank, threadIdx.x % kTeam);
+    cluster_sync();  // nobody ends while others read its sums
+  } else {
+    for (int index = first; index < Tiles(g).count; index += apart) {
+      const Tile tile = Tiles(g)(g, index);
+      float sums[kTokens / 2] = {};
+      multiply(tile.block, g.steps, sums);
+      write_rows<kTokens>(g, Strip(g, tile, warp, lane), tile.block, sums,
+                          ring.base + S::kStagingAt + warp * kChunkBytes, lane);
     }
   }
 }
 
 // --- launching ---
 
-template <int kTokens>
+template <int kTokens, bool kShared>
 cudaError_t launch(const Gemm& g, cudaStream_t stream) {
   using S = Shape<kTokens>;
-  if (const cudaError_t error = allow_shared_memory<gemm<kTokens>>(S::kBytes)) return error;
-  CUtensorMap map;
-  if (!map_of(g, kTokens, 1, &map)) return cudaErrorInvalidValue;
+  if (const cudaError_t error = allow_shared_memory<gemm<kTokens, kShared>>(S::kBytes)) return error;
+  Maps maps;
+  for (int half = 0; half < 2; ++half) {
+    const int rows = half ? S::kHalf : kTokens;
+    if (!map_of(g, rows, S::kSteps, &maps.of[half][0])) return cudaErrorInvalidValue;
+    if (S::kSteps > 1 && !map_of(g, rows, 1, &maps.of[half][1])) return cudaErrorInvalidValue;
+  }
   const int64_t tiles = static_cast<int64_t>(g.block_limit) * g.row_tiles;
-  // A cluster that shares a tile takes one; the others stay for as many as there are.
-  const int64_t clusters = g.split > 1 || tiles < g.multiprocessors ? tiles : g.multiprocessors;
+  // A cluster that shares tiles takes one for each team at most; other CTAs stay for as many as there are.
+  const int64_t at_once = g.multiprocessors / g.split, least = kShared ? ceil_div(tiles, S::kTeams) : 1;
+  const int64_t clusters = tiles < at_once ? tiles : least > at_once ? least : at_once;
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
@@ -354,12 +586,20 @@ cudaError_t launch(const Gemm& g, cudaStream_t stream) {
   attributes[1].val.clusterDim = {static_cast<unsigned>(g.split), 1, 1};
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(g.split * clusters));
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(S::kThreads);
   config.dynamicSmemBytes = S::kBytes;
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = g.split > 1 ? 2 : 1;
-  return cudaLaunchKernelEx(&config, gemm<kTokens>, map, g);
+  config.numAttrs = kShared ? 2 : 1;
+  return cudaLaunchKernelEx(&config, gemm<kTokens, kShared>, maps, g);
+}
+
+template <int kTokens>
+cudaError_t launch(const Gemm& g, cudaStream_t stream) {
+  if constexpr (kOutput == Output::linear) {
+    if (g.split > 1) return launch<kTokens, true>(g, stream);
+  }
+  return launch<kTokens, false>(g, stream);
 }
 
 }  // namespace

@@ -37,15 +37,17 @@ Launch launch_of(int rows, int columns, int outputs, bool any_rows, int multipro
   if (rows <= 16 && !any_rows && few_rows_take(columns)) {
     return {rows <= 8 ? 8 : 16, 1, strips_at_once(ceil_div(outputs, 16), 1, columns, multiprocessors)};
   }
-  // What a step of a tile takes, and what it takes to add the sums of a cluster, in microseconds on an H200.
+  // What a step takes on a multiprocessor with one tile, or with two at once (of 256 tokens: one after the other), and
+  // what it takes to add the sums of a cluster; in microseconds on an H200.
   constexpr struct {
     int tokens;
-    double step, split;
-  } kTiles[] = {{32, 0.24, 1.8}, {64, 0.32, 2.1}, {128, 0.44, 2.8}, {256, 0.72, 4.0}};
+    double one, two, split;
+  } kTiles[] = {{32, 0.24, 0.47, 1.2}, {64, 0.28, 0.54, 3.0}, {128, 0.37, 0.71, 4.0}, {256, 0.65, 1.30, 5.5}};
   constexpr int kMostSplit = 3;  // larger clusters leave multiprocessors idle
   const auto cost = [&](const auto& tile, int split, int64_t tokens) {
-    const int64_t waves = ceil_div(row_tiles * ceil_div(tokens, tile.tokens) * split, multiprocessors);
-    return static_cast<double>(waves * ceil_div(steps, split)) * tile.step + (split > 1 ? tile.split : 0.0);
+    const int64_t tiles = ceil_div(row_tiles * ceil_div(tokens, tile.tokens) * split, multiprocessors);
+    const double step = static_cast<double>(tiles / 2) * tile.two + static_cast<double>(tiles % 2) * tile.one;
+    return static_cast<double>(ceil_div(steps, split)) * step + (split > 1 ? tile.split : 0.0);
   };
   Launch best = {0, 1, 1};
   double least = 0;

@@ -20,6 +20,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// What is the same in a warp's threads, so that the compiler knows it to be, and holds it once for all of them.
+__device__ __forceinline__ int uniform(int value) { return __shfl_sync(~0u, value, 0); }
+
 // The same place in another CTA of the cluster.
 __device__ __forceinline__ uint32_t in_cta(uint32_t address, uint32_t rank) {
   uint32_t mapped;
@@ -32,6 +35,12 @@ __device__ __forceinline__ float4 load_from_cta(uint32_t address) {
   asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
                : "r"(address));
+  return v;
+}
+
+__device__ __forceinline__ int load_int_from_cta(uint32_t address) {
+  int v;
+  asm volatile("ld.shared::cluster.s32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
   return v;
 }
 
@@ -68,6 +77,19 @@ __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
   } while (done == 0);
 }
 
+// For a thread that has nothing to do for long: asked again and again, the barrier would take turns from other warps.
+__device__ __forceinline__ void wait_long(uint32_t barrier, uint32_t parity) {
+  constexpr uint32_t kNanoseconds = 100000;
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2, %3;\nselp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity), "r"(kNanoseconds)
+        : "memory");
+  } while (done == 0);
+}
+
 // Of as many threads as `threads` says: ids from 1 on (0 is __syncthreads).
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -89,10 +111,6 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, in
           to),
       "l"(map), "r"(column), "r"(row), "r"(step), "r"(barrier)
       : "memory");
-}
-
-__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 // --- registers, of all warps of a warpgroup ---
@@ -158,6 +176,23 @@ __device__ __forceinline__ void load_matrices(uint32_t address, uint32_t (&m)[4]
                : "memory");
 }
 
+// Four 8x8 matrices as mma holds them, their columns as rows of 16 bytes: lane l says where column l % 8 of matrix l / 8
+// goes.
+__device__ __forceinline__ void store_matrices_transposed(uint32_t address, const uint32_t (&m)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(m[0]),
+               "r"(m[1]), "r"(m[2]), "r"(m[3])
+               : "memory");
+}
+
+__device__ __forceinline__ uint4 load_shared(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
 // --- wgmma: D [64, N] += A [64, 16] (registers) * B [16, N] (shared memory), fp32 sums ---
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -176,19 +211,26 @@ __device__ __forceinline__ void settle(uint32_t (&a)[4]) {
   asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3])::"memory");
 }
 
-// B as rows of 64 two-byte values, 128-byte swizzle, 8 rows a kilobyte; `start` at a kilobyte, plus 32 bytes a k16 step.
+// B as rows of 64 two-byte values, 128-byte swizzle, 8 rows a kilobyte; `start`, in 16 bytes, at a kilobyte, plus 2 a k16
+// step.
 __device__ __forceinline__ uint64_t swizzled_operand(uint32_t start) {
-  constexpr uint64_t kStride = 1024 >> 4, kSwizzle128 = 1;
-  return (start >> 4) | (kStride << 32) | (kSwizzle128 << 62);
+  constexpr uint32_t kStride = 1024 >> 4, kSwizzle128 = 1u << 30;
+  return static_cast<uint64_t>(kStride | kSwizzle128) << 32 | start;
 }
 
 #define FOS_R4 "%0, %1, %2, %3"
 #define FOS_R8 FOS_R4 ", %4, %5, %6, %7"
 #define FOS_R16 FOS_R8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define FOS_R24 FOS_R16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define FOS_R32 FOS_R16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FOS_R48                                                                                                       \
+  FOS_R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define FOS_R64                                                                                                       \
   FOS_R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "    \
           "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FOS_R96                                                                                                       \
+  FOS_R64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, "    \
+          "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define FOS_R128                                                                                                      \
   FOS_R64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, "    \
           "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, "  \
@@ -197,31 +239,35 @@ __device__ __forceinline__ uint64_t swizzled_operand(uint32_t start) {
 #define FOS_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define FOS_D8(i) FOS_D4(i), FOS_D4(i + 4)
 #define FOS_D16(i) FOS_D8(i), FOS_D8(i + 8)
+#define FOS_D24(i) FOS_D16(i), FOS_D8(i + 16)
 #define FOS_D32(i) FOS_D16(i), FOS_D16(i + 16)
+#define FOS_D48(i) FOS_D32(i), FOS_D16(i + 32)
 #define FOS_D64(i) FOS_D32(i), FOS_D32(i + 32)
+#define FOS_D96(i) FOS_D64(i), FOS_D32(i + 64)
 #define FOS_D128(i) FOS_D64(i), FOS_D64(i + 64)
 
-// Where `accumulate` is 0, what D held before does not count.
 template <class T, int N>
 struct Wgmma;
 
-#define FOS_WGMMA(T, type, N, sums, a0, a1, a2, a3, b, flag)                                                          \
+#define FOS_WGMMA(T, type, N, sums, a0, a1, a2, a3, b)                                                                \
   template <>                                                                                                         \
   struct Wgmma<T, N> {                                                                                                \
-    static __device__ __forceinline__ void multiply(float (&d)[sums], const uint32_t (&a)[4], uint64_t operand,       \
-                                                    int accumulate) {                                                 \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " flag ", 0;\n"                                                  \
-                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" FOS_R##sums "}, {" a0 ", " a1 \
-                   ", " a2 ", " a3 "}, " b ", p, 1, 1, 0;\n}"                                                         \
+    static __device__ __forceinline__ void multiply(float (&d)[sums], const uint32_t (&a)[4], uint64_t operand) {     \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" FOS_R##sums "}, {" a0 ", " a1 \
+                   ", " a2 ", " a3 "}, " b ", 1, 1, 1, 0;"                                                            \
                    : FOS_D##sums(0)                                                                                   \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(operand), "r"(accumulate));                      \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(operand));                                       \
     }                                                                                                                 \
   };
 #define FOS_WGMMA_OF(T, type)                                                              \
-  FOS_WGMMA(T, type, 32, 16, "%16", "%17", "%18", "%19", "%20", "%21")                     \
-  FOS_WGMMA(T, type, 64, 32, "%32", "%33", "%34", "%35", "%36", "%37")                     \
-  FOS_WGMMA(T, type, 128, 64, "%64", "%65", "%66", "%67", "%68", "%69")                    \
-  FOS_WGMMA(T, type, 256, 128, "%128", "%129", "%130", "%131", "%132", "%133")
+  FOS_WGMMA(T, type, 16, 8, "%8", "%9", "%10", "%11", "%12")                        \
+  FOS_WGMMA(T, type, 32, 16, "%16", "%17", "%18", "%19", "%20")                     \
+  FOS_WGMMA(T, type, 64, 32, "%32", "%33", "%34", "%35", "%36")                     \
+  FOS_WGMMA(T, type, 48, 24, "%24", "%25", "%26", "%27", "%28")                     \
+  FOS_WGMMA(T, type, 96, 48, "%48", "%49", "%50", "%51", "%52")                     \
+  FOS_WGMMA(T, type, 128, 64, "%64", "%65", "%66", "%67", "%68")                    \
+  FOS_WGMMA(T, type, 192, 96, "%96", "%97", "%98", "%99", "%100")                  \
+  FOS_WGMMA(T, type, 256, 128, "%128", "%129", "%130", "%131", "%132")
 
 FOS_WGMMA_OF(__nv_bfloat16, "bf16")
 FOS_WGMMA_OF(__half, "f16")
@@ -229,14 +275,20 @@ FOS_WGMMA_OF(__half, "f16")
 #undef FOS_WGMMA_OF
 #undef FOS_WGMMA
 #undef FOS_D128
+#undef FOS_D96
 #undef FOS_D64
+#undef FOS_D48
 #undef FOS_D32
+#undef FOS_D24
 #undef FOS_D16
 #undef FOS_D8
 #undef FOS_D4
 #undef FOS_R128
+#undef FOS_R96
 #undef FOS_R64
+#undef FOS_R48
 #undef FOS_R32
+#undef FOS_R24
 #undef FOS_R16
 #undef FOS_R8
 #undef FOS_R4

@@ -137,16 +137,16 @@ class Object:
         multiplication = MULTIPLICATIONS.get(self.source)
         if multiplication is None or self.machine_code is None:
             return {}
-        found = {}
+        found: dict[int, float] = {}
         for name, code in functions(self.machine_code).items():
-            parameter = re.search(r"\d(?:gemm|few)ILi(\d+)EE", name)
+            parameter = re.search(r"\d(?:gemm|few)ILi(\d+)E(?:Lb\dE)?E", name)
             loop = main_loop(code, multiplication)
             if parameter is None or loop is None:
                 continue
             tokens = int(parameter[1])
             for_same_weights = tokens / HMMA_TOKENS if multiplication == "HMMA" else 1
             weights = loop.multiplications * WEIGHTS_AT_ONCE / for_same_weights
-            found[tokens] = loop.instructions / weights
+            found[tokens] = max(found.get(tokens, 0), loop.instructions / weights)
         return found
 
     def row(self) -> str:
