@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, 1) few(const Gemm g, const Plan plan
     Packed weights[kAhead][2];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) ask(weights[i]);
-    __syncthreads();
+    named_barrier(1, kThreads);
 
     // For ldmatrix, lane l says where row l % 8 of matrix l / 8 is: 8 columns of a token. Of tokens that there are not,
     // a sum is made of any, and dropped.
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(kThreads, 1) few(const Gemm g, const Plan plan
     // A chunk of x after the other; a warp may have no pair of the last one.
     const int own_chunks = (plan.pairs - group + plan.warps - 1) / plan.warps;
     int left = own_chunks, slot = 0, place = 0;
-    uint32_t parity = 0, free_parity = 1;
+    uint32_t parity = 0, free_parity = 0;
     int first_slot = 0;  // of the unit
     uint32_t first_parity = 0;
     bool gives = !stays || unit.ends_block(plan);
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(kThreads, 1) few(const Gemm g, const Plan plan
       *reinterpret_cast<uint4*>(memory + i / words * plan.pitch + row_bytes + i % words * 16) = make_uint4(0, 0, 0, 0);
     }
   }
-  __syncthreads();
+  named_barrier(1, kThreads);
   let_kernel_after_start();
   wait_for_kernel_before();
 
@@ -303,7 +303,8 @@ __global__ void __launch_bounds__(kThreads, 1) few(const Gemm g, const Plan plan
   }
 
   const int thread = threadIdx.x - (kWarps + 1) * kWarp, pieces = g.strips * (kStrip / kPieceRows);
-  // What these threads make of a unit's sums. A first round, of which nothing is kept, brings code and scales.
+  // What these threads make of a unit's sums. A first round, of which nothing is kept, brings code and scales; the places
+  // for sums are free after it.
   const auto finish = [&](const float* sums, bool keep) {
     const Block block = block_of(g, unit.block);
     const int first_strip = unit.rows * g.strips;
@@ -323,6 +324,8 @@ __global__ void __launch_bounds__(kThreads, 1) few(const Gemm g, const Plan plan
     }
   };
   if (unit.left > 0) finish(sums_at, false);
+  __syncwarp();
+  for (int i = 0; lane == 0 && i < kPlaces; ++i) arrive(free_sums + i * 8);
   int place = 0;
   uint32_t parity = 0;
   for (; unit.left > 0; unit.advance(plan)) {
