@@ -61,11 +61,14 @@ def routing(tokens: int, E: int, top_k: int, g: torch.Generator) -> tuple[Tensor
     return weights, scores.topk(top_k, dim=-1).indices.int()
 
 
-def check(what: str, y: Tensor, expected: Expected) -> None:
+def check(what: str, y: Tensor, expected: Expected, hidden: int) -> None:
     """What W4A16, and exact gates and ups in W4A4, have to be. A fifth more for gates, ups and products that lie so
     near to a midpoint that they are rounded the other way."""
     assert_within(what, y, expected)
-    assert_rounded_once(what, y, expected, more=0.2)
+    # Tensor cores drop what lies below the last place of a sum, with every 16 columns: a share of gates and of ups is
+    # rounded the other way, by a unit, whose square is 12 times that of a rounding.
+    dropped = hidden / 16 * 2.0**-24
+    assert_rounded_once(what, y, expected, more=0.2 + 2 * 12 * dropped / torch.finfo(y.dtype).eps)
 
 
 # --- of the checks ---
@@ -99,7 +102,7 @@ def test_experts_are_further_off_than_their_roundings(products: Products, shape:
             x, route = random_x(tokens, H, dtype, g), routing(tokens, E, top_k, g)
             y = experts(x, *route)
             assert y.dtype == dtype
-            check(f"{dtype}, {tokens} tokens", y, expected_experts(x, *q, *route)[0])
+            check(f"{dtype}, {tokens} tokens", y, expected_experts(x, *q, *route)[0], H)
 
 
 @by_place
@@ -113,7 +116,7 @@ def test_an_activation_is_another_or_weighs_elsewhere(products: Products, activa
         for tokens in (1, 33, 100):
             x, route = random_x(tokens, 128, dtype, g), routing(tokens, 6, 3, g)
             y = products.experts(*q, dtype)(x, *route, None, activation, on_input)
-            check(f"{dtype}, {tokens} tokens", y, expected_experts(x, *q, *route, None, activation, on_input)[0])
+            check(f"{dtype}, {tokens} tokens", y, expected_experts(x, *q, *route, None, activation, on_input)[0], 128)
 
 
 @by_place
@@ -135,7 +138,7 @@ def test_quantized_experts_are_further_off_than_their_roundings(
             y = experts(x, *route, PLAIN, "silu", on_input)
             expected, unsettled = expected_experts(x, w13, w2, *route, PLAIN, "silu", on_input, exact=True)
             assert int(unsettled.sum()) <= 2 + 0.2 * tokens, "the test has nothing to look at"
-            check(f"{dtype}, {tokens} tokens", y[~unsettled], expected[~unsettled])
+            check(f"{dtype}, {tokens} tokens", y[~unsettled], expected[~unsettled], H)
 
 
 @by_place
