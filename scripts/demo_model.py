@@ -144,7 +144,7 @@ def _build_moe(source: Path, out: Path) -> None:
 
 
 def _build_reordered(source: Path, seed: int, out: Path) -> None:
-    """Of a Llama or Mixtral: the residual stream's channels in one order, those within each MLP in orders of their own.
+    """Of a Llama, Mixtral or Gemma 3: the residual stream's channels in one order, those within each MLP in others.
 
     Heads stay as they are: rotary embeddings know the place of a channel.
     """
@@ -157,6 +157,8 @@ def _build_reordered(source: Path, seed: int, out: Path) -> None:
     inner: dict[str, torch.Tensor] = {}
     for name in sorted(tensors):
         tensor, (parent, _, projection) = tensors[name], name.removesuffix(".weight").rpartition(".")
+        if projection in ("q_norm", "k_norm"):
+            continue  # Of the channels within a head.
         into, out_of = projection in ("gate_proj", "up_proj", "w1", "w3"), projection in ("down_proj", "w2")
         if into or out_of:
             size = tensor.shape[0 if into else 1]

@@ -123,13 +123,18 @@ def gemma(tmp_path: Path) -> tuple[Gemma3ForCausalLM, list[Path]]:
 
 
 @torch.no_grad()
-def test_gemma_is_the_files_network(tmp_path: Path, gemma: tuple[Gemma3ForCausalLM, list[Path]]) -> None:
+def test_gemma_is_the_files_network_in_any_order_of_channels(
+    tmp_path: Path, gemma: tuple[Gemma3ForCausalLM, list[Path]]
+) -> None:
     model, parts = gemma
     built = demo_model.dense(tmp_path / "models", parts, demo_model.GEMMA)
     prompt = torch.randint(len(TOKENS), (1, 12))
     expected = model(prompt).logits
     same = AutoModelForCausalLM.from_pretrained(built, dtype=torch.float32)
     assert torch.equal(same(prompt).logits, expected)
+    other = AutoModelForCausalLM.from_pretrained(demo_model.reordered(built, tmp_path, 1), dtype=torch.float32)
+    assert not torch.equal(other.model.norm.weight, same.model.norm.weight)
+    torch.testing.assert_close(other(prompt).logits, expected, rtol=0, atol=1e-4)
 
 
 def test_gemmas_folder_has_a_tied_head_and_a_tokenizer_that_begins_texts(
