@@ -1,12 +1,12 @@
 """Serve one model shape in bf16, as stock NVFP4 and as ours, and compare decoding and prefill.
 
-python scripts/bench_serve.py --engine vllm --shape llama-8b|qwen3-30b-a3b [--json FILE] [--plot FILE.png]
+python scripts/bench_serve.py --engine vllm|sglang --shape llama-8b|qwen3-30b-a3b [--json FILE] [--plot FILE.png]
 
 Nothing is downloaded: weights are random (``bench_serve_models.py``), bf16 ones are made up by the engine.
 Configurations run one after the other, each in a process of its own, so that its memory is freed and a failure of one
 leaves the others; what fails is '-', with its reason below the table. Stock is the engine's own loader of ModelOpt's
 NVFP4, which runs Marlin on Hopper. CUDA graphs, and vLLM's torch.compile, are on unless ``--enforce-eager``; prefixes
-are not cached. What an engine is asked stands in ``bench_serve_vllm.py``.
+are not cached. What the engines differ in stands in ``bench_serve_vllm.py`` and ``bench_serve_sglang.py``.
 
 Decoding: as many requests at once as there are streams, short random prompts, a fixed number of tokens each; generated
 tokens over the time of all. Prefill: long random prompts, one token each; prompt tokens over the time. The best of the
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_serve_models as models
+import bench_serve_sglang
 import bench_serve_vllm
 import versions
 from argument_types import positive
@@ -48,7 +49,7 @@ from engine_process import end_group, errors, plugin_environment, why_failed
 PROMPT_TOKENS = 16
 """Of a stream that decodes: so few that prefill is not what is timed."""
 WARM_UP_TOKENS = 8
-ENGINES = {"vllm": bench_serve_vllm}
+ENGINES = {"vllm": bench_serve_vllm, "sglang": bench_serve_sglang}
 """What differs between them: NAME, LOADED (a line of the log), arguments(), constructor() and generate()."""
 
 
@@ -165,7 +166,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=positive, default=2, help="of which the best counts (default: 2)")
     add("--enforce-eager", action="store_true", help="no CUDA graphs, no torch.compile")
     add("--dummy", action="store_true", help="ours quantizes made-up weights while loading; without stock, no files")
-    add("--llm", type=json.loads, default={}, help="JSON: more arguments of vllm.LLM")
+    add("--llm", type=json.loads, default={}, help="JSON: more arguments of vllm.LLM or sglang.Engine")
     add("--folder", type=Path, help="where models are written and removed: 5 to 20 GB (default: a temporary one)")
     add("--logs", type=Path, help="keep the engine's logs in this folder")
     add("--seconds", type=seconds_argument, default=540.0, help="report what there is after so long (default: 540)")
