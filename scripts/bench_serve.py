@@ -1,16 +1,17 @@
-"""Serve one model shape with vLLM in bf16, as stock NVFP4 and as ours, and compare decoding and prefill.
+"""Serve one model shape in bf16, as stock NVFP4 and as ours, and compare decoding and prefill.
 
-python scripts/bench_serve.py --shape llama-8b|qwen3-30b-a3b [--json FILE] [--plot FILE.png]
+python scripts/bench_serve.py --engine vllm|sglang --shape llama-8b|qwen3-30b-a3b [--json FILE] [--plot FILE.png]
 
-Nothing is downloaded: weights are random (``bench_serve_models.py``), bf16 ones are made up by vLLM. Configurations run
-one after the other, each in a process of its own, so that its memory is freed and a failure of one leaves the others;
-what fails is '-', with its reason below the table. Stock is vLLM's own loader of ModelOpt's NVFP4, which runs Marlin on
-Hopper. CUDA graphs and torch.compile are on unless ``--enforce-eager``; prefixes are not cached.
+Nothing is downloaded: weights are random (``bench_serve_models.py``), bf16 ones are made up by the engine.
+Configurations run one after the other, each in a process of its own, so that its memory is freed and a failure of one
+leaves the others; what fails is '-', with its reason below the table. Stock is the engine's own loader of ModelOpt's
+NVFP4, which runs Marlin on Hopper. CUDA graphs, and vLLM's torch.compile, are on unless ``--enforce-eager``; prefixes
+are not cached. What the engines differ in stands in ``bench_serve_vllm.py`` and ``bench_serve_sglang.py``.
 
 Decoding: as many requests at once as there are streams, short random prompts, a fixed number of tokens each; generated
 tokens over the time of all. Prefill: long random prompts, one token each; prompt tokens over the time. The best of the
-repeats, after a warm-up. "load s" is vLLM's time to load the weights (bf16 ones are not read, but made), "start s" all
-until it can answer.
+repeats, after a warm-up. "load s" is the engine's time to load the weights (bf16 ones are not read, but made), "start
+s" all until it can answer.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import argparse
 import json
 import os
 import random
-import re
 import subprocess
 import sys
 import tempfile
@@ -29,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import bench_serve_models as models
+import bench_serve_sglang
+import bench_serve_vllm
 import versions
 from argument_types import positive
 from argument_types import seconds as seconds_argument
@@ -47,33 +49,28 @@ from engine_process import end_group, errors, plugin_environment, why_failed
 PROMPT_TOKENS = 16
 """Of a stream that decodes: so few that prefill is not what is timed."""
 WARM_UP_TOKENS = 8
-LOADED = re.compile(r"Model loading took ([\d.]+) GiB(?: memory)? and ([\d.]+) seconds")
+ENGINES = {"vllm": bench_serve_vllm, "sglang": bench_serve_sglang}
+"""What differs between them: NAME, LOADED (a line of the log), arguments(), constructor() and generate()."""
 
 
 # --- the process of a configuration ----------------------------------------------------------------------------------
 
 
 def measure(job: dict[str, Any]) -> None:
-    """Start vLLM, time every point, and append records to ``job["records"]`` as they come."""
-    from vllm import LLM, SamplingParams
-    from vllm.inputs import TokensPrompt
-
+    """Start the engine, time every point, and append records to ``job["records"]`` as they come."""
     chance = random.Random(0)
+    module = ENGINES[job["engine"]]
+    make = module.constructor()
     started = time.perf_counter()
-    llm = LLM(**job["llm"])
+    engine = make(**job["arguments"])
     append(job["records"], {"configuration": job["configuration"], "start_seconds": time.perf_counter() - started})
 
     def run(streams: int, prompt_tokens: int, new_tokens: int) -> float:
         """Seconds. Prompts are new ones every time."""
-        prompts = [
-            TokensPrompt(prompt_token_ids=[chance.randrange(job["vocabulary"]) for _ in range(prompt_tokens)])
-            for _ in range(streams)
-        ]
-        parameters = SamplingParams(temperature=0, ignore_eos=True, max_tokens=new_tokens, detokenize=False)
+        prompts = [[chance.randrange(job["vocabulary"]) for _ in range(prompt_tokens)] for _ in range(streams)]
         before = time.perf_counter()
-        outputs = llm.generate(prompts, parameters, use_tqdm=False)
+        generated = module.generate(engine, prompts, new_tokens)
         seconds = time.perf_counter() - before
-        generated = sum(len(output.outputs[0].token_ids) for output in outputs)
         if generated != streams * new_tokens:
             raise RuntimeError(f"{streams} streams generated {generated} tokens, needed {streams * new_tokens}")
         return seconds
@@ -98,45 +95,17 @@ def append(path: str, record: dict[str, Any]) -> None:
 # --- the process that reports ----------------------------------------------------------------------------------------
 
 
-def llm_arguments(options: argparse.Namespace, configuration: str, folder: Path) -> dict[str, Any]:
-    """Those of vllm.LLM."""
-    count, length = options.prefill
-    longest = max(length + 1, PROMPT_TOKENS + options.new_tokens)
-    most = max(*options.streams, count)
-    arguments: dict[str, Any] = {
-        "model": str(folder / configuration),
-        "dtype": "bfloat16",
-        "skip_tokenizer_init": True,
-        "seed": 0,
-        "max_model_len": longest,
-        "max_num_seqs": most,
-        "max_num_batched_tokens": max(8192, most),
-        "enable_prefix_caching": False,
-        "gpu_memory_utilization": 0.85,
-        "enforce_eager": options.enforce_eager,
-    }
-    if not options.enforce_eager:
-        # Only the batches that are timed: capturing vLLM's some fifty sizes would take longer than decoding does.
-        arguments["compilation_config"] = {"cudagraph_capture_sizes": sorted({1, 2, 4, 8, *options.streams})}
-    if configuration == "bf16" or options.dummy:
-        arguments |= {"model": str(folder / "bf16"), "load_format": "dummy"}
-    if options.dummy and configuration != "bf16":
-        recipe = {"w4a16": "w4a16", "w4a4": "nvfp4_4over6"}[configuration]
-        arguments["hf_overrides"] = {"quantization_config": {"quant_method": "nvfp4_4over6", "recipe": recipe}}
-    arguments.update(options.llm)
-    return arguments
-
-
 def run_configuration(
     options: argparse.Namespace, configuration: str, folder: Path, command: Sequence[str], deadline: float
 ) -> list[dict[str, Any]]:
     """Its records: also those of a process that failed or was ended at ``deadline`` (of time.monotonic)."""
-    logs = options.logs or folder
+    engine, logs = ENGINES[options.engine], options.logs or folder
     records, log, job_file = (folder / f"{configuration}.{kind}" for kind in ("jsonl", "log", "job"))
     log = logs / log.name
     job = {
         "configuration": configuration,
-        "llm": llm_arguments(options, configuration, folder),
+        "engine": options.engine,
+        "arguments": engine.arguments(options, configuration, folder),
         "vocabulary": models.SHAPES[options.shape].vocabulary,
         "streams": options.streams,
         "prefill": options.prefill,
@@ -158,8 +127,8 @@ def run_configuration(
             end_group(process)
     said = log.read_text(errors="replace")
     found = [json.loads(line) for line in records.read_text().splitlines()] if records.exists() else []
-    if loaded := LOADED.search(said):
-        gib, seconds = map(float, loaded.groups())
+    if loaded := engine.LOADED.search(said):
+        gib, seconds = map(float, loaded.group("gib", "seconds"))
         found.append({"configuration": configuration, "model_gib": gib, "load_seconds": seconds})
     if status != 0:
         why = f"{options.seconds:g} s were over" if status is None else why_failed(said) or f"ended with {status}"
@@ -188,6 +157,7 @@ def report(options: argparse.Namespace, records: list[dict[str, Any]], machine: 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    add("--engine", choices=ENGINES, default="vllm", help="default: vllm")
     add("--shape", choices=models.SHAPES, default="llama-8b", help="default: llama-8b")
     add("--configurations", type=names, default=[*CONFIGURATIONS], help=f"of {','.join(CONFIGURATIONS)} (default: all)")
     add("--streams", type=numbers, default=[1, 16, 64, 256], help="default: 1,16,64,256")
@@ -196,9 +166,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=positive, default=2, help="of which the best counts (default: 2)")
     add("--enforce-eager", action="store_true", help="no CUDA graphs, no torch.compile")
     add("--dummy", action="store_true", help="ours quantizes made-up weights while loading; without stock, no files")
-    add("--llm", type=json.loads, default={}, help="JSON: more arguments of vllm.LLM")
+    add("--llm", type=json.loads, default={}, help="JSON: more arguments of vllm.LLM or sglang.Engine")
     add("--folder", type=Path, help="where models are written and removed: 5 to 20 GB (default: a temporary one)")
-    add("--logs", type=Path, help="keep vLLM's logs in this folder")
+    add("--logs", type=Path, help="keep the engine's logs in this folder")
     add("--seconds", type=seconds_argument, default=540.0, help="report what there is after so long (default: 540)")
     add("--json", type=Path, help="also write every record here")
     add("--plot", type=Path, help="draw the table into this PNG")
@@ -207,6 +177,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--configurations: no {', '.join(sorted(unknown))}; there are {', '.join(CONFIGURATIONS)}")
     if options.dummy:
         options.configurations = [name for name in options.configurations if name != "stock"]
+    count, length = options.prefill
+    options.longest = max(length + 1, PROMPT_TOKENS + options.new_tokens)
+    options.most_requests = max(*options.streams, count)
     return options
 
 
@@ -227,22 +200,22 @@ def main() -> None:
     if len(sys.argv) == 3 and sys.argv[1] == "--measure":
         measure(json.loads(Path(sys.argv[2]).read_text()))
         sys.stdout.flush()
-        os._exit(0)  # vLLM's orderly end takes seconds of nothing else's use; whoever started this ends its children
+        os._exit(0)  # an engine's orderly end takes seconds of nobody's use; whoever started this ends its children
     options = parse()
     import torch
 
     cuda = torch.cuda.is_available()
     deadline = time.monotonic() + options.seconds
-    shape, longest = models.SHAPES[options.shape], options.prefill[1] + options.new_tokens + PROMPT_TOKENS
+    shape, positions = models.SHAPES[options.shape], options.prefill[1] + options.new_tokens + PROMPT_TOKENS
     records: list[dict[str, Any]] = []
     for folder in filter(None, (options.logs, options.folder)):
         folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="bench-serve-") as scratch:
         folder = Path(scratch)
-        models.write_bf16_config(shape, folder / "bf16", longest)
+        models.write_bf16_config(shape, folder / "bf16", positions)
         if not options.dummy and set(options.configurations) != {"bf16"}:
             started = time.monotonic()
-            models.write_quantized(shape, folder, longest, "cuda" if cuda else "cpu")
+            models.write_quantized(shape, folder, positions, "cuda" if cuda else "cpu")
             print(f"wrote the quantized model in {time.monotonic() - started:.0f} s", file=sys.stderr)
         if cuda:
             torch.cuda.empty_cache()  # the engines' memory
@@ -251,7 +224,8 @@ def main() -> None:
             command = [sys.executable, __file__, "--measure"]
             records += run_configuration(options, configuration, folder, command, deadline)
     where = torch.cuda.get_device_name() if cuda else "CPU"
-    report(options, records, f"{where}, vLLM {versions.installed().get('vllm', '?')}, torch {torch.__version__}")
+    engine = f"{ENGINES[options.engine].NAME} {versions.installed().get(options.engine, '?')}"
+    report(options, records, f"{where}, {engine}, torch {torch.__version__}")
 
 
 if __name__ == "__main__":

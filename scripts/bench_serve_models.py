@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,6 +25,8 @@ from fouroversix_plugin.checkpoint.config import config as quantized_config
 
 FIRST = "model.layers.0."
 WRITERS = 8
+PRESETS = {"w4a16": "w4a16", "w4a4": "nvfp4_4over6"}
+"""Of our configurations."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,24 @@ SHAPES = {
 }
 
 
+class Source(NamedTuple):
+    """Where an engine finds a configuration's model."""
+
+    folder: Path
+    made_up: bool
+    """The folder has no weights."""
+    overrides: dict[str, Any]
+    """Of the folder's config."""
+
+
+def source(configuration: str, folder: Path, dummy: bool) -> Source:
+    """Of the folders that are written below; with ``dummy``, ours is quantized while loading made-up weights."""
+    if configuration == "bf16" or not dummy:
+        return Source(folder / configuration, configuration == "bf16", {})
+    block = {"quant_method": "nvfp4_4over6", "recipe": PRESETS[configuration]}
+    return Source(folder / "bf16", True, {"quantization_config": block})
+
+
 def write_bf16_config(shape: Shape, folder: Path, max_positions: int) -> None:
     """A folder without weights: the engine makes them up (``load_format="dummy"``)."""
     folder.mkdir(parents=True)
@@ -108,7 +128,7 @@ def write_quantized(shape: Shape, folder: Path, max_positions: int, device: str)
     for name in ("config.json", "hf_quant_config.json"):
         text = _repeated(json.loads((stock / name).read_text()), shape.layers)
         (stock / name).write_text(json.dumps(text, indent=2))
-    for name, preset in (("w4a16", "w4a16"), ("w4a4", "nvfp4_4over6")):
+    for name, preset in PRESETS.items():
         ours = folder / name
         ours.mkdir()
         for file in files:

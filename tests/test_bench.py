@@ -17,6 +17,8 @@ import bench_gemm_report as report
 import bench_serve
 import bench_serve_models as models
 import bench_serve_report as serve_report
+import bench_serve_sglang
+import bench_serve_vllm
 import bench_timing
 import engine_process
 import pytest
@@ -309,12 +311,17 @@ def test_the_shapes_have_the_sizes_they_are_named_after() -> None:
 
 # --- serving: processes ----------------------------------------------------------------------------------------------
 
-ENGINE = """
+LOADING = {
+    "vllm": "INFO Model loading took 4.53 GiB memory and 6.250000 seconds",
+    "sglang": "[2026-01-01] Load weight end. elapsed=6.25 s, type=LlamaForCausalLM, quant=modelopt_fp4, "
+    "quant_algo=NVFP4, avail mem=133.05 GB, mem usage=4.53 GB.",
+}
+ENGINE = f"""
 import json, sys, time
 job = json.load(open(sys.argv[1]))
-print("INFO Model loading took 4.53 GiB memory and 6.250000 seconds", flush=True)
+print({LOADING}[job["engine"]], flush=True)
 with open(job["records"], "a") as file:
-    print(json.dumps({"configuration": job["configuration"], "point": "1", "speed": 100.0}), file=file)
+    print(json.dumps(dict(configuration=job["configuration"], point="1", speed=100.0)), file=file)
 """
 ENDS = {
     "well": ("", None),
@@ -328,10 +335,10 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("end", ENDS)
-def test_a_configuration_that_ends_badly_keeps_what_it_measured(tmp_path: Path, end: str) -> None:
+@pytest.mark.parametrize(("engine", "end"), [*(("vllm", end) for end in ENDS), ("sglang", "well")])
+def test_a_configuration_that_ends_badly_keeps_what_it_measured(tmp_path: Path, engine: str, end: str) -> None:
     more, reason = ENDS[end]
-    options = bench_serve.parse(["--shape", "small", "--seconds", "2"])
+    options = bench_serve.parse(["--engine", engine, "--shape", "small", "--seconds", "2"])
     command = [sys.executable, "-c", ENGINE + more]
     records = bench_serve.run_configuration(options, "w4a16", tmp_path, command, time.monotonic() + 2)
     assert serve_report.speeds(records) == {"w4a16": {"1": 100.0}}
@@ -339,19 +346,93 @@ def test_a_configuration_that_ends_badly_keeps_what_it_measured(tmp_path: Path, 
     assert [r["failed"] for r in records if "failed" in r] == ([reason] if reason else [])
 
 
-def test_arguments_of_the_engine() -> None:
+def test_arguments_of_vllm() -> None:
     options = bench_serve.parse(["--streams", "1,256", "--llm", '{"gpu_memory_utilization": 0.5}'])
-    stock = bench_serve.llm_arguments(options, "stock", Path("/models"))
+    stock = bench_serve_vllm.arguments(options, "stock", Path("/models"))
     assert (stock["model"], stock["max_num_seqs"], stock["gpu_memory_utilization"]) == ("/models/stock", 256, 0.5)
+    assert stock["max_model_len"] == 8193
     assert stock["compilation_config"] == {"cudagraph_capture_sizes": [1, 2, 4, 8, 256]}
     assert "load_format" not in stock
-    assert bench_serve.llm_arguments(options, "bf16", Path("/models"))["load_format"] == "dummy"
+    assert bench_serve_vllm.arguments(options, "bf16", Path("/models"))["load_format"] == "dummy"
     options = bench_serve.parse(["--dummy", "--enforce-eager"])
     assert options.configurations == ["bf16", "w4a16", "w4a4"]
-    online = bench_serve.llm_arguments(options, "w4a16", Path("/models"))
+    online = bench_serve_vllm.arguments(options, "w4a16", Path("/models"))
     assert (online["model"], online["load_format"]) == ("/models/bf16", "dummy")
     assert online["hf_overrides"]["quantization_config"] == {"quant_method": "nvfp4_4over6", "recipe": "w4a16"}
     assert "compilation_config" not in online
+
+
+def sglang_arguments(configuration: str, *given: str) -> dict[str, Any]:
+    options = bench_serve.parse(["--engine", "sglang", "--streams", "1,256", *given])
+    return bench_serve_sglang.arguments(options, configuration, Path("/models"))
+
+
+@pytest.mark.parametrize(
+    ("configuration", "layers"),
+    [
+        ("bf16", (None, "triton", None)),
+        ("stock", ("modelopt_fp4", "marlin", "marlin")),
+        ("w4a16", ("nvfp4_4over6", "fouroversix", None)),
+        ("w4a4", ("nvfp4_4over6", "fouroversix", None)),
+    ],
+)
+def test_arguments_of_sglang(configuration: str, layers: tuple[str | None, ...]) -> None:
+    given = sglang_arguments(configuration, "--llm", '{"attention_backend": "fa3"}')
+    keys = ("quantization", "moe_runner_backend", "fp4_gemm_runner_backend")
+    assert tuple(given.get(key) for key in keys) == layers
+    assert given["model_path"] == f"/models/{configuration}"
+    assert (given.get("load_format") == "dummy") == (configuration == "bf16")
+    assert ("json_model_override_args" in given) == (configuration == "stock")
+    assert (given["cuda_graph_bs_decode"], given["max_running_requests"]) == ([1, 256], 256)
+    assert (given["attention_backend"], given["sampling_backend"]) == ("fa3", "pytorch")
+
+
+def test_sglang_is_told_of_made_up_weights_and_of_stock() -> None:
+    online = sglang_arguments("w4a4", "--dummy", "--enforce-eager")
+    assert (online["model_path"], online["load_format"]) == ("/models/bf16", "dummy")
+    block = {"quant_method": "nvfp4_4over6", "recipe": "nvfp4_4over6"}
+    assert json.loads(online["json_model_override_args"]) == {"quantization_config": block}
+    assert online["disable_cuda_graph"]
+    assert "cuda_graph_bs_decode" not in online
+    stock = json.loads(sglang_arguments("stock")["json_model_override_args"])["quantization_config"]
+    assert (stock["quant_method"], stock["quant_algo"], stock["group_size"]) == ("modelopt", "NVFP4", 16)
+
+
+class OneTokenLess:
+    """Plays sglang.Engine; with five prompts at once it forgets a token."""
+
+    def __init__(self, **arguments: Any) -> None:
+        self.model = arguments["model_path"]
+
+    def generate(self, input_ids: list[list[int]], sampling_params: dict[str, Any]) -> list[dict[str, Any]]:
+        assert all(token < 10 for prompt in input_ids for token in prompt)
+        tokens = [sampling_params["max_new_tokens"]] * len(input_ids)
+        tokens[-1] -= len(input_ids) == 5
+        return [{"output_ids": [0] * count, "meta_info": {"completion_tokens": count}} for count in tokens]
+
+
+def test_every_point_is_timed_and_its_tokens_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_serve_sglang, "constructor", lambda: OneTokenLess)
+    job = {
+        "configuration": "w4a4",
+        "engine": "sglang",
+        "arguments": {"model_path": "/models"},
+        "vocabulary": 10,
+        "streams": [1, 4],
+        "prefill": (2, 30),
+        "new_tokens": 3,
+        "repeats": 2,
+        "records": str(tmp_path / "records"),
+    }
+    bench_serve.measure(job)
+    start, *points = map(json.loads, Path(job["records"]).read_text().splitlines())
+    assert start.keys() == {"configuration", "start_seconds"}
+    assert [point["point"] for point in points] == ["1", "4", "prefill"]
+    tokens = [3, 12, 60]
+    assert [p["speed"] for p in points] == [n / min(p["seconds"]) for n, p in zip(tokens, points, strict=True)]
+    assert [len(point["seconds"]) for point in points] == [2, 2, 2]
+    with pytest.raises(RuntimeError, match="5 streams generated 14 tokens, needed 15"):
+        bench_serve.measure(job | {"streams": [5]})
 
 
 def test_a_checkout_that_is_not_installed_is_unknown_to_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
