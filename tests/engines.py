@@ -1,20 +1,24 @@
-"""What the tests of engines share: runs in a process of its own, and the parts of stored checkpoints."""
+"""What the tests of engines share: small models, runs in a process of its own, and what their results are held to."""
 
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from conftest import ROOT
 from divergence_scores import Document
+from engine_process import end_group
 from safetensors.torch import load_file, save_file
 
 import fouroversix_plugin as fos
+from fouroversix_plugin import reference
 
 # A random Mixtral whose four heads split over two ranks.
 SMALL = {
@@ -30,6 +34,11 @@ SMALL = {
     "max_position_embeddings": 512,
     "initializer_range": 0.1,
 }
+SMALL_DENSE = {name: value for name, value in SMALL.items() if "experts" not in name}
+
+MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""What engines merge, by the names in checkpoints."""
+PLAIN = fos.Recipe(adaptive=False, scale_max=448)
 
 
 def options(recipe: str, **more: Any) -> dict[str, Any]:
@@ -37,18 +46,57 @@ def options(recipe: str, **more: Any) -> dict[str, Any]:
     return {"hf_overrides": {"quantization_config": {"quant_method": "nvfp4_4over6", "recipe": recipe, **more}}}
 
 
+def random_model(config: Mapping[str, Any], folder: Path, device: str = "cpu") -> Path:
+    """A random Llama in BF16, or a Mixtral where the config has experts; ``device`` is where it is made."""
+    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = (
+            MixtralForCausalLM(MixtralConfig(**config))
+            if "num_local_experts" in config
+            else LlamaForCausalLM(LlamaConfig(**config))
+        )
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def random_adapter(folder: Path, rank: int) -> Path:
+    """A LoRA adapter for attention of a model of SMALL's sizes."""
+    tensors: dict[str, torch.Tensor] = {}
+    modules = {"q_proj": 256, "v_proj": 128, "o_proj": 256}
+    for layer, (name, rows) in itertools.product(range(2), modules.items()):
+        module = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+        tensors[f"{module}.lora_A.weight"] = torch.randn(rank, 256) / 16
+        tensors[f"{module}.lora_B.weight"] = torch.randn(rows, rank) / 8
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": [*modules], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
 def run_engine(
     folder: Path,
     jobs: dict[str, dict[str, Any]],
     prompts: list[list[int]],
     documents: Sequence[Document] = (),
+    limit: float = 1800,
     **environment: str,
 ) -> dict[str, Any]:
-    request, out = folder / "request.json", folder / "results.json"
+    """Results of the jobs as ``vllm_worker.py`` writes them; its process and their children have ``limit`` seconds."""
+    request, out, log = (folder / name for name in ("request.json", "results.json", "worker.log"))
     request.write_text(json.dumps({"prompts": prompts, "documents": documents, "jobs": jobs}))
     command = [sys.executable, str(ROOT / "tests" / "vllm_worker.py"), str(request), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    with log.open("wb") as said:
+        worker = subprocess.Popen(
+            command, stdout=said, stderr=subprocess.STDOUT, env=os.environ | environment, start_new_session=True
+        )
+    try:
+        worker.wait(limit)
+    finally:
+        end_group(worker)
+    assert worker.returncode == 0, log.read_text()[-3000:]
     results: dict[str, Any] = json.loads(out.read_text())
     return results
 
@@ -72,15 +120,112 @@ def dequantized(stored: Path, target: Path) -> Path:
     return target
 
 
+def static_amax(kind: str) -> torch.Tensor:
+    """Calibrated, one might say: some live rows are larger and some much smaller. ``kind`` is a projection."""
+    return torch.tensor({"w1": 9.0, "w3": 9.0, "w2": 3.0}.get(kind, 6.0) / 2688) * 2688
+
+
+def calibrated(source: Path, target: Path) -> Path:
+    """A W4A4 export of ModelOpt as it was before config.json knew of it: no weights share a scale, inputs have one."""
+    shutil.copytree(source, target)
+    held = load_file(source / "model.safetensors")
+    for name in [name for name in held if name.endswith("proj.weight") or ".experts." in name]:
+        module, kind = name.removesuffix(".weight"), name.split(".")[-2]
+        q = fos.quantize(held[name], PLAIN)
+        held |= {name: q.packed, f"{name}_scale": q.block_scale, f"{name}_scale_2": q.decode_scale}
+        held[f"{module}.input_scale"] = static_amax(kind) / 2688
+    save_file(held, target / "model.safetensors")
+    exclude = ["lm_head", "model.layers.*.block_sparse_moe.gate"]
+    settings = {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16, "exclude_modules": exclude}
+    (target / "hf_quant_config.json").write_text(
+        json.dumps({"producer": {"name": "modelopt", "version": "0.29.0"}, "quantization": settings})
+    )
+    return target
+
+
 def flat(result: dict[str, Any]) -> torch.Tensor:
     assert "error" not in result, result["error"]
     return torch.tensor([logprob for prompt in result["logprobs"] for logprob in prompt])
 
 
-def stored(tensors: dict[str, torch.Tensor], module: str) -> fos.NVFP4Tensor:
+def stored(tensors: Mapping[str, torch.Tensor], module: str) -> fos.NVFP4Tensor:
     return fos.NVFP4Tensor(*(tensors[f"{module}.{name}"] for name in ("weight", "weight_scale", "weight_scale_2")))
 
 
 def concatenated(a: fos.NVFP4Tensor, b: fos.NVFP4Tensor) -> fos.NVFP4Tensor:
     scales = torch.cat([a.block_scale.view(torch.uint8), b.block_scale.view(torch.uint8)]).view(torch.float8_e4m3fn)
     return fos.NVFP4Tensor(torch.cat([a.packed, b.packed]), scales, torch.cat([a.row_decode_scale, b.row_decode_scale]))
+
+
+def stacked_experts(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[fos.NVFP4Tensor, fos.NVFP4Tensor]:
+    """w13 and w2 of all experts whose names begin with ``name``."""
+    count = sum(f"{name}.{e}.w1.weight" in tensors for e in range(len(tensors)))
+    experts = [[stored(tensors, f"{name}.{e}.{w}") for w in ("w1", "w3", "w2")] for e in range(count)]
+    w13 = [concatenated(w1, w3) for w1, w3, _ in experts]
+    return fos.NVFP4Tensor.stack(w13), fos.NVFP4Tensor.stack([w2 for _, _, w2 in experts])
+
+
+def reference_linear(
+    captured: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
+    layer: str,
+    activations: fos.Recipe,
+    amax: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What the specification gives for the captured input of a served linear layer, merged or not."""
+    parent, _, name = layer.rpartition(".")
+    weights = [stored(tensors, f"{parent}.{part}") for part in MERGED.get(name, (name,))]
+    x = captured[f"{layer}/x"]
+    return torch.cat([reference.linear(x, w, activations, None, amax) for w in weights], dim=-1)
+
+
+def reference_experts(
+    captured: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
+    layer: str,
+    activations: fos.Recipe,
+    *amax: torch.Tensor,
+) -> torch.Tensor:
+    """What the specification gives for the captured input and routing of served experts."""
+    x, weights, ids = (captured[f"{layer}/{name}"] for name in ("x", "topk_weights", "topk_ids"))
+    return reference.moe(x, *stacked_experts(tensors, layer), weights, ids, activations, "silu", False, *amax)
+
+
+@torch.no_grad()
+def emulated_logprobs(
+    model: Path,
+    stored_folder: Path,
+    prompts: list[list[int]],
+    activations: fos.Recipe | None = None,
+    dtype: torch.dtype = torch.float32,
+    adapter: Path | None = None,
+) -> torch.Tensor:
+    """Logprobs of the prompts without an engine, on the CPU: this package multiplies the stored weights, transformers
+    computes the rest of ``model`` in ``dtype``.
+    """
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    tensors = load_file(stored_folder / "model.safetensors")
+    added = {} if adapter is None else load_file(adapter / "adapter_model.safetensors")
+
+    def linear(w: fos.NVFP4Tensor, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+        y = fos.linear(x, w, activations)
+        if f"{adapter_name}.lora_A.weight" not in added:
+            return y
+        a, b = (added[f"{adapter_name}.lora_{part}.weight"].to(dtype) for part in "AB")
+        return y + x @ a.T @ b.T
+
+    def moe(w13: fos.NVFP4Tensor, w2: fos.NVFP4Tensor, x: torch.Tensor, ids: Any, weights: Any) -> torch.Tensor:
+        return fos.moe(x, w13, w2, weights, ids, activations)
+
+    for name, module in network.named_modules():
+        if f"{name}.weight_scale_2" in tensors:
+            module.forward = partial(linear, stored(tensors, name), f"base_model.model.{name}")
+        elif name.endswith(".experts"):  # of a Mixtral, which has another name in checkpoints
+            module.forward = partial(moe, *stacked_experts(tensors, name.replace(".mlp.", ".block_sparse_moe.")))
+    out = []
+    for prompt in prompts:
+        logprobs = network(torch.tensor([prompt])).logits[0].float().log_softmax(dim=-1)
+        out += [float(logprobs[at, token]) for at, token in enumerate(prompt[1:])]
+    return torch.tensor(out)

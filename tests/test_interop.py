@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import dequantized, flat, run_engine
+from engines import dequantized, flat, random_model, run_engine
 
 import fouroversix_plugin as fos
 from fouroversix_plugin.checkpoint import quantize_checkpoint
@@ -36,19 +36,11 @@ STOCK = {"modelopt": {}, "compressed-tensors": {}}
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
-
     folder = tmp_path_factory.mktemp("interop")
     jobs: dict[str, dict[str, Any]] = {}
     for kind in ("dense", "moe"):
-        torch.manual_seed(0)
-        model = (
-            LlamaForCausalLM(LlamaConfig(**CONFIG))
-            if kind == "dense"
-            else MixtralForCausalLM(MixtralConfig(**CONFIG, **EXPERTS))
-        )
-        source = folder / f"{kind}-bf16"
-        model.to(torch.bfloat16).save_pretrained(source)
+        config = CONFIG if kind == "dense" else CONFIG | EXPERTS
+        source = random_model(config, folder / f"{kind}-bf16")
         for name in ("nvfp4_4over6", *STOCK):
             target = folder / f"{kind}-{name}"
             quantize_checkpoint(source, target, fos.preset("w4a16"), format=name, device="cuda")

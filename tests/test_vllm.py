@@ -1,6 +1,5 @@
 """Real vLLM on the CPU: what is served is what the reference says, and what cannot be served fails before serving."""
 
-import itertools
 import json
 import os
 import shutil
@@ -9,10 +8,9 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import accuracy
@@ -21,9 +19,22 @@ import torch
 from accuracy_worker import quantization_config
 from conftest import assert_close
 from divergence_scores import Document
-from engines import SMALL, concatenated, dequantized, flat, options, run_engine, stored
+from engines import (
+    MERGED,
+    SMALL,
+    SMALL_DENSE,
+    dequantized,
+    emulated_logprobs,
+    flat,
+    options,
+    random_adapter,
+    random_model,
+    reference_experts,
+    reference_linear,
+    run_engine,
+)
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import fouroversix_plugin as fos
 from fouroversix_plugin import reference
@@ -101,8 +112,9 @@ def test_online_and_stored_weights_give_other_logprobs(smollm2: dict[str, Any], 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_w4a16_is_further_from_exact_than_bf16_rounding(smollm2: dict[str, Any], kind: str) -> None:
-    """The yardstick is the dequantized model in fp32; vLLM serving its BF16 checkpoint shows what BF16 costs."""
-    exact = fp32_logprobs(smollm2["folder"] / f"{kind}-bf16", smollm2["folder"] / f"{kind}-w4a16", smollm2["prompts"])
+    """The yardstick is the model in fp32; vLLM serving its dequantized checkpoint shows what BF16 costs."""
+    folder = smollm2["folder"]
+    exact = emulated_logprobs(folder / f"{kind}-bf16", folder / f"{kind}-w4a16", smollm2["prompts"])
     ours, bf16, w4a4 = (
         (flat(smollm2[f"{kind} {way}"]) - exact).abs().mean() for way in ("stored", "dequantized", "stored W4A4")
     )
@@ -131,65 +143,34 @@ def mean_kl(smollm2: dict[str, Any], name: str) -> float:
     return float(figures["mean_kl"]["value"])
 
 
-@torch.no_grad()
-def fp32_logprobs(
-    model: Path, stored_folder: Path, prompts: list[list[int]], added: Mapping[str, torch.Tensor] = MappingProxyType({})
-) -> torch.Tensor:
-    """Logprobs of the prompts under the stored checkpoint's weights, dequantized and computed in fp32.
-
-    ``added`` to weights by their names.
-    """
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    tensors = load_file(stored_folder / "model.safetensors")
-    modules = {name.removesuffix(".weight_scale_2") for name in tensors if name.endswith(".weight_scale_2")}
-    for name, parameter in network.named_parameters():
-        if (module := name.removesuffix(".weight")) in modules:
-            parameter.copy_(fos.dequantize(stored(tensors, module)))
-        if name in added:
-            parameter += added[name]
-    out = []
-    for prompt in prompts:
-        logprobs = network(torch.tensor([prompt])).logits[0].log_softmax(dim=-1)
-        out += [float(logprobs[at, token]) for at, token in enumerate(prompt[1:])]
-    return torch.tensor(out)
-
-
 @pytest.mark.parametrize(
-    ("kind", "layer", "parts"),
+    ("kind", "layer"),
     [
-        ("dense", "self_attn.qkv_proj", ("q_proj", "k_proj", "v_proj")),
-        ("dense", "self_attn.o_proj", ("o_proj",)),
-        ("dense", "mlp.gate_up_proj", ("gate_proj", "up_proj")),
-        ("dense", "mlp.down_proj", ("down_proj",)),
-        ("moe", "self_attn.qkv_proj", ("q_proj", "k_proj", "v_proj")),
+        ("dense", "self_attn.qkv_proj"),
+        ("dense", "self_attn.o_proj"),
+        ("dense", "mlp.gate_up_proj"),
+        ("dense", "mlp.down_proj"),
+        ("moe", "self_attn.qkv_proj"),
     ],
 )
-def test_served_w4a4_linear_is_not_the_reference(
-    smollm2: dict[str, Any], kind: str, layer: str, parts: tuple[str, ...]
-) -> None:
+def test_served_w4a4_linear_is_not_the_reference(smollm2: dict[str, Any], kind: str, layer: str) -> None:
     flat(smollm2[f"{kind} stored W4A4"])
     captured = load_file(smollm2["folder"] / f"{kind} stored W4A4.safetensors")
     tensors = load_file(smollm2["folder"] / f"{kind}-w4a4" / "model.safetensors")
-    x, y = (captured[f"{LAYER}.{layer}/{name}"] for name in ("x", "y"))
-    parent = f"{LAYER}.{layer.rpartition('.')[0]}"
-    expected = torch.cat([reference.linear(x, stored(tensors, f"{parent}.{p}"), fos.Recipe()) for p in parts], dim=-1)
-    assert_close(y, expected, diff=1e-5, ratio=2e-3)
+    expected = reference_linear(captured, tensors, f"{LAYER}.{layer}", fos.Recipe())
+    assert_close(captured[f"{LAYER}.{layer}/y"], expected, diff=1e-5, ratio=2e-3)
 
 
 def test_served_w4a4_experts_are_not_the_reference(smollm2: dict[str, Any]) -> None:
     flat(smollm2["moe stored W4A4"])
     captured = load_file(smollm2["folder"] / "moe stored W4A4.safetensors")
     tensors = load_file(smollm2["folder"] / "moe-w4a4" / "model.safetensors")
-    name = f"{LAYER}.block_sparse_moe.experts"
-    experts = [[stored(tensors, f"{name}.{e}.{w}") for w in ("w1", "w3", "w2")] for e in range(16)]
-    w13 = fos.NVFP4Tensor.stack([concatenated(w1, w3) for w1, w3, _ in experts])
-    w2 = fos.NVFP4Tensor.stack([w2 for _, _, w2 in experts])
-    x, y = captured[f"{name}/x"], captured[f"{name}/y"]
-    weights, ids = captured[f"{name}/topk_weights"], captured[f"{name}/topk_ids"]
-    assert len(ids.unique()) > 8, "every token went to the same experts: routing was not exercised"
-    expected = reference.moe(x, w13, w2, weights, ids, fos.Recipe())
+    layer = f"{LAYER}.block_sparse_moe.experts"
+    routed = captured[f"{layer}/topk_ids"].unique()
+    assert len(routed) > 8, "every token went to the same experts: routing was not exercised"
     # Gate and up in BF16 differ in their last bit here and there, which flips codes of the quantized product.
-    assert_close(y, expected, diff=1e-3, ratio=1e-2)
+    expected = reference_experts(captured, tensors, layer, fos.Recipe())
+    assert_close(captured[f"{layer}/y"], expected, diff=1e-3, ratio=1e-2)
 
 
 def test_online_loading_holds_the_whole_model_in_full_precision(smollm2: dict[str, Any]) -> None:
@@ -217,17 +198,14 @@ def test_ignore_list_leaves_out_other_layers(smollm2: dict[str, Any]) -> None:
 
 SMALL_PROMPTS = [[1, 504, 575, 282, 649, 314, 742, 5, 9, 100]]
 EXPERTS = "model.layers.1.block_sparse_moe.experts"
+ATTENTION = ["model.layers.1.self_attn.qkv_proj", "model.layers.1.self_attn.o_proj"]
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with `bf16` and `w4a16`: a random Mixtral whose four heads split over two ranks."""
-    from transformers import MixtralConfig, MixtralForCausalLM
-
     folder = tmp_path_factory.mktemp("small")
-    torch.manual_seed(0)
-    MixtralForCausalLM(MixtralConfig(**SMALL)).to(torch.bfloat16).save_pretrained(folder / "bf16")
-    quantize_checkpoint(folder / "bf16", folder / "w4a16", fos.preset("w4a16"))
+    quantize_checkpoint(random_model(SMALL, folder / "bf16"), folder / "w4a16", fos.preset("w4a16"))
     return folder
 
 
@@ -237,7 +215,7 @@ def fp4_units(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     job = {"model": str(small / "bf16"), "options": {"quantization": "nvfp4_4over6"}, "fp4_units": True}
     compiled = {**job["options"], "enforce_eager": False}
     jobs = {
-        "eager": {**job, "capture": list(PARTS)},
+        "eager": {**job, "capture": ATTENTION},
         "compiled": {**job, "options": compiled},
         "compiled, as on a CPU": {**job, "options": compiled, "fp4_units": False},
     }
@@ -245,19 +223,13 @@ def fp4_units(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return {"folder": folder, **run_engine(folder, jobs, SMALL_PROMPTS)}
 
 
-PARTS = {
-    "model.layers.1.self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "model.layers.1.self_attn.o_proj": ("o_proj",),
-}
-
-
-@pytest.mark.parametrize("layer", PARTS)
+@pytest.mark.parametrize("layer", ATTENTION)
 def test_weights_for_fp4_units_are_served_otherwise(small: Path, fp4_units: dict[str, Any], layer: str) -> None:
     flat(fp4_units["eager"])
     captured = load_file(fp4_units["folder"] / "eager.safetensors")
     tensors = load_file(small / "bf16" / "model.safetensors")
-    parent = layer.rpartition(".")[0]
-    w = fos.quantize(torch.cat([tensors[f"{parent}.{part}.weight"] for part in PARTS[layer]]))
+    parent, _, name = layer.rpartition(".")
+    w = fos.quantize(torch.cat([tensors[f"{parent}.{part}.weight"] for part in MERGED.get(name, (name,))]))
     x, y = captured[f"{layer}/x"], captured[f"{layer}/y"]
     assert_close(y, reference.linear(x, w, fos.Recipe()), diff=1e-6, ratio=1e-3)
 
@@ -286,28 +258,14 @@ def test_weights_that_are_loaded_again_are_others(reloaded: dict[str, Any], way:
 
 
 def test_an_adapter_is_added_to_other_weights(tmp_path: Path) -> None:
-    """A small random Llama in W4A16 with a LoRA adapter, against its dequantized weights plus B A in fp32."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(**{name: value for name, value in SMALL.items() if "experts" not in name})
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
-    quantize_checkpoint(tmp_path / "bf16", tmp_path / "w4a16", fos.preset("w4a16"))
-    added, adapter, rank = {}, {}, 8
-    for layer, (name, rows) in itertools.product(range(2), (("q_proj", 256), ("v_proj", 128), ("o_proj", 256))):
-        module = f"model.layers.{layer}.self_attn.{name}"
-        a, b = torch.randn(rank, 256) / 16, torch.randn(rows, rank) / 8
-        added[f"{module}.weight"] = b @ a
-        adapter |= {f"base_model.model.{module}.lora_{part}.weight": w for part, w in (("A", a), ("B", b))}
-    (tmp_path / "adapter").mkdir()
-    save_file(adapter, tmp_path / "adapter" / "adapter_model.safetensors")
-    modules = ["q_proj", "v_proj", "o_proj"]
-    described = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": modules, "bias": "none"}
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(described))
+    """A small random Llama in W4A16 with a LoRA adapter, against its weights plus B A in fp32."""
+    rank = 8
+    quantize_checkpoint(random_model(SMALL_DENSE, tmp_path / "bf16"), tmp_path / "w4a16", fos.preset("w4a16"))
+    adapter = random_adapter(tmp_path / "adapter", rank)
     job = {"model": str(tmp_path / "w4a16"), "options": {"enable_lora": True, "max_lora_rank": rank}}
-    results = run_engine(tmp_path, {"llama": {**job, "adapter": str(tmp_path / "adapter")}}, SMALL_PROMPTS)
-    without = fp32_logprobs(tmp_path / "bf16", tmp_path / "w4a16", SMALL_PROMPTS)
-    exact = fp32_logprobs(tmp_path / "bf16", tmp_path / "w4a16", SMALL_PROMPTS, added)
+    results = run_engine(tmp_path, {"llama": {**job, "adapter": str(adapter)}}, SMALL_PROMPTS)
+    without = emulated_logprobs(tmp_path / "bf16", tmp_path / "w4a16", SMALL_PROMPTS)
+    exact = emulated_logprobs(tmp_path / "bf16", tmp_path / "w4a16", SMALL_PROMPTS, adapter=adapter)
     rounding = (flat(results["llama"]) - without).abs().mean()
     off = (torch.tensor(results["llama"]["adapted"]).flatten() - exact).abs().mean()
     assert off < 2 * rounding

@@ -3,10 +3,12 @@
 REQUEST is JSON: {"prompts": token ids, "documents": token ids and the first of them that is scored, "jobs": {name:
 {"model": folder, "options": arguments of LLM, "capture": layer names, "tokens": how many to generate, "top": how many
 log-probabilities of the documents to keep, "fp4_units": whether linear weights are prepared as for Blackwell, "reload":
-whether all weights are forgotten and loaded again in the end, "adapter": folder of a LoRA adapter}}}. OUT gets {name:
-{"logprobs" and "tokens": one list a prompt, "log": our log lines, "most_held": full-precision layers held at once,
-"forgotten", "reloaded" and "adapted": logprobs} or {"error": text}}; captured layers' first inputs and outputs go to
-NAME.safetensors beside it, the documents' scores to NAME.scores.safetensors.
+whether all weights are forgotten and loaded again in the end, "sleep": whether the engine then sleeps at both levels,
+"adapter": folder of a LoRA adapter}}}. OUT gets {name: {"logprobs", "tokens" and "generated" (their logprobs): one list
+a prompt, "adapted", "forgotten", "reloaded", "woken" and "refilled": logprobs, "log": our log lines, "most_held":
+full-precision layers held at once, "memory" (on a GPU): bytes of the "weights" and at the "peak" of loading them} or
+{"error": text}}; captured layers' first inputs and outputs go to NAME.safetensors beside it, the documents' scores to
+NAME.scores.safetensors.
 """
 
 import json
@@ -36,6 +38,7 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.inputs import TokensPrompt
 from vllm.lora.request import LoRARequest
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.outputs import RequestOutput
 
 from fouroversix_plugin.kernels import blackwell, ops
@@ -53,17 +56,21 @@ DEFAULTS = {
 
 
 class Watch:
-    """Sees the plugin's layers at work: what they compute, and how many hold full-precision weights at once."""
+    """Sees the plugin's layers at work: what they compute, how many hold full-precision weights at once, and how much
+    memory loading takes.
+    """
 
     def __init__(self) -> None:
         self.capture: list[str] = []
         self.captured: dict[str, torch.Tensor] = {}
         self.layers: list[Any] = []
         self.most_held = 0
+        self.memory: dict[str, int] = {}
         for method, name in ((linear._LinearMethod, "apply"), (moe._MoEMethod, "apply")):
             setattr(method, name, self.capturing(getattr(method, name)))
         linear.OnlineLinearMethod._create = self.collecting(linear.OnlineLinearMethod._create)
         linear.OnlineLinearMethod._quantized = self.counting(linear.OnlineLinearMethod._quantized)
+        BaseModelLoader.load_model = self.weighing(BaseModelLoader.load_model)
 
     def start(self, capture: list[str]) -> None:
         self.capture, self.captured, self.layers, self.most_held = capture, {}, [], 0
@@ -95,6 +102,19 @@ class Watch:
 
         return quantized
 
+    def weighing(self, original: Any) -> Any:
+        def load_model(*arguments: Any, **named: Any) -> torch.nn.Module:
+            if not torch.cuda.is_initialized():
+                return original(*arguments, **named)
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            model: torch.nn.Module = original(*arguments, **named)
+            held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+            self.memory = {"weights": held, "peak": torch.cuda.max_memory_allocated() - before}
+            return model
+
+        return load_model
+
 
 @contextmanager
 def fp4_units(there: bool) -> Iterator[None]:
@@ -121,9 +141,51 @@ def logprobs_of(outputs: list[RequestOutput]) -> list[list[float]]:
     ]
 
 
+def generated_of(outputs: list[RequestOutput]) -> list[list[float]]:
+    return [
+        [at[token].logprob for at, token in zip(o.outputs[0].logprobs, o.outputs[0].token_ids, strict=True)]
+        for o in outputs
+    ]
+
+
 def forget(model: torch.nn.Module) -> None:
     for parameter in model.parameters():
         parameter.data.zero_()
+
+
+def ask(llm: LLM, job: dict[str, Any], prompt_ids: list[list[int]]) -> dict[str, Any]:
+    parameters = SamplingParams(
+        temperature=0, max_tokens=job.get("tokens", 1), ignore_eos=True, prompt_logprobs=0, logprobs=0, detokenize=False
+    )
+    prompts = [TokensPrompt(prompt_token_ids=ids) for ids in prompt_ids]
+
+    def answer(**more: Any) -> list[RequestOutput]:
+        return llm.generate(prompts, parameters, use_tqdm=False, **more)
+
+    outputs = answer()
+    found = {
+        "logprobs": logprobs_of(outputs),
+        "tokens": [list(o.outputs[0].token_ids) for o in outputs],
+        "generated": generated_of(outputs),
+    }
+    if "adapter" in job:
+        found["adapted"] = logprobs_of(answer(lora_request=LoRARequest("adapter", 1, job["adapter"])))
+    if job.get("reload", False):
+        llm.apply_model(forget)
+        found["forgotten"] = logprobs_of(answer())
+        llm.collective_rpc("reload_weights")
+        found["reloaded"] = logprobs_of(answer())
+    if job.get("sleep", False):
+        llm.sleep(level=1)
+        llm.wake_up()
+        found["woken"] = logprobs_of(answer())
+        llm.sleep(level=2)
+        llm.wake_up(tags=["weights"])
+        llm.apply_model(forget)  # where they were there may be some of them yet
+        llm.collective_rpc("reload_weights")
+        llm.wake_up(tags=["kv_cache"])
+        found["refilled"] = logprobs_of(answer())
+    return found
 
 
 def run(job: dict[str, Any], request: dict[str, Any], watch: Watch, scores: Path) -> dict[str, Any]:
@@ -134,26 +196,11 @@ def run(job: dict[str, Any], request: dict[str, Any], watch: Watch, scores: Path
     try:
         llm = LLM(job["model"], **DEFAULTS | job.get("options", {}))
         watch.captured.clear()  # of the profiling run
-        parameters = SamplingParams(
-            temperature=0, max_tokens=job.get("tokens", 1), ignore_eos=True, prompt_logprobs=0, detokenize=False
-        )
-        prompts = [TokensPrompt(prompt_token_ids=prompt) for prompt in request["prompts"]]
-        outputs = llm.generate(prompts, parameters, use_tqdm=False)
-        tokens = [list(o.outputs[0].token_ids) for o in outputs]
-        more = {}
-        if "adapter" in job:
-            adapter = LoRARequest("adapter", 1, job["adapter"])
-            more["adapted"] = logprobs_of(llm.generate(prompts, parameters, use_tqdm=False, lora_request=adapter))
-        if job.get("reload", False):
-            llm.apply_model(forget)
-            more["forgotten"] = logprobs_of(llm.generate(prompts, parameters, use_tqdm=False))
-            llm.collective_rpc("reload_weights")
-            more["reloaded"] = logprobs_of(llm.generate(prompts, parameters, use_tqdm=False))
+        found = ask(llm, job, request["prompts"])
         if "top" in job:
             documents = tuple(Document(tuple(ids), start) for ids, start in request["documents"])
             score_with_engine(llm, Request((), documents, job["top"], 0, None, 0), scores, {"source": job["model"]})
-        found = {"logprobs": logprobs_of(outputs), "tokens": tokens, "log": lines.lines, "most_held": watch.most_held}
-        return found | more
+        return {**found, "log": lines.lines, "most_held": watch.most_held, "memory": watch.memory}
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
@@ -176,3 +223,5 @@ def main(request_file: Path, out: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]))
+    sys.stdout.flush()
+    os._exit(0)  # vLLM's orderly end takes seconds

@@ -1,0 +1,537 @@
+"""Real vLLM on GPUs, beside this package on the CPU and stock BF16 (run by hand, not in CI; -s shows the figures).
+
+A test names the engine runs it needs in its `engine` mark. Those of all chosen tests start together, each in a process
+of its own, as many at a time as there are cores for: a start takes long, and -k chooses.
+"""
+
+import asyncio
+import functools
+import itertools
+import math
+import multiprocessing
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, assert_close, calc_diff
+from engines import (
+    PLAIN,
+    SMALL_DENSE,
+    calibrated,
+    dequantized,
+    emulated_logprobs,
+    flat,
+    options,
+    random_adapter,
+    random_model,
+    reference_experts,
+    reference_linear,
+    run_engine,
+    static_amax,
+)
+from safetensors import safe_open
+from safetensors.torch import load_file
+from server_client import Client
+from server_process import serving
+
+import fouroversix_plugin as fos
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+psutil = pytest.importorskip("psutil", reason="vLLM brings it")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.engine,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+]
+
+Checkpoint = Callable[[str, str], Future[Path]]
+Make = Callable[[str], Future[Path]]
+Job = dict[str, Any]
+Runs = Callable[[str], dict[str, Any]]
+Emulated = Callable[..., torch.Tensor]
+
+KINDS = ["dense", "moe"]
+SCHEMES = ["W4A16", "W4A4"]
+EXPERTS = "block_sparse_moe.experts"
+ATTENTION = ["self_attn.qkv_proj", "self_attn.o_proj"]
+PARTS = {"dense": [*ATTENTION, "mlp.gate_up_proj", "mlp.down_proj"], "moe": [*ATTENTION, EXPERTS]}
+LAYERS = [f"model.layers.{n}" for n in range(0, 30, 6)]
+CAPTURED = [f"{layer}.{part}" for layer in LAYERS for part in {*PARTS["dense"], *PARTS["moe"]}]
+CONFIGS = ["vllm-throughput", "vllm-latency", "vllm-small", "vllm-w4a16"]
+MODEL_LENGTH = 1024
+DENSE = {**SMALL_DENSE, "max_position_embeddings": MODEL_LENGTH}
+LARGE = {
+    **DENSE,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+RANDOM = {
+    "small dense": DENSE,
+    "small moe": DENSE | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "large dense": LARGE,
+    "large moe": LARGE | {"intermediate_size": 2048, "num_local_experts": 8, "num_experts_per_tok": 2},
+}
+
+STREAMS, LENGTH = 32, 64
+FEW, MANY = 16, 512
+"""Tokens to generate."""
+RANK = 8
+LIMIT = 300
+"""Seconds for a run."""
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+OURS = {"quantization": "nvfp4_4over6"}
+# Engines that start together would each take the others' memory for its own: theirs is stated, not measured.
+SHARE = {"gpu_memory_utilization": 0.02, "kv_cache_memory_bytes": 4 << 30}
+# The prompts are one step, and the streams are one: no graph is filled up with rows, whose number orders sums.
+SIZES = {"cudagraph_capture_sizes": [STREAMS, STREAMS * LENGTH]}
+GRAPHS = {
+    "compiled": SIZES,
+    # Not traced: graphs of the whole model, attention included.
+    "whole": SIZES | {"mode": 0, "cudagraph_mode": "FULL"},
+    # Traced, not fused: graphs between attention, of the kernels that an eager run calls.
+    "pieces": SIZES | {"mode": 3, "backend": "eager", "cudagraph_mode": "PIECEWISE"},
+}
+TWO = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+# vLLM asserts that sleeping freed memory of the GPU: more than others may take meanwhile.
+SLEEPY = {"enable_sleep_mode": True, "kv_cache_memory_bytes": 8 << 30}
+# Without names, lm_head could be adapted too, and prompts' logprobs would come through that.
+LORA = {"enable_lora": True, "max_lora_rank": RANK, "lora_target_modules": ["q_proj", "v_proj", "o_proj"]}
+AGAIN = {"reload": True, "sleep": True}
+
+
+def job(model: Future[Path], asked: dict[str, Any] | None = None, **more: Any) -> Job:
+    sizes = {"max_model_len": MODEL_LENGTH, "max_num_seqs": STREAMS, "max_num_batched_tokens": STREAMS * LENGTH}
+    return {"model": model, "tokens": FEW, "options": {**sizes, **SHARE, "dtype": "bfloat16"} | (asked or {}), **more}
+
+
+def graphs(way: str) -> dict[str, Any]:
+    return {"enforce_eager": False, "compilation_config": GRAPHS[way]}
+
+
+def with_graphs(make: Make, way: str, tokens: int = FEW) -> dict[str, Job]:
+    quantized = {scheme: job(make(scheme.lower()), graphs(way), tokens=tokens) for scheme in SCHEMES}
+    return {"BF16": job(make("bf16"), graphs(way)), **quantized}
+
+
+WAYS: dict[str, Callable[[Make], dict[str, Job]]] = {
+    "compiled": lambda make: with_graphs(make, "compiled", MANY),
+    "pieces": lambda make: with_graphs(make, "pieces"),
+    "whole": lambda make: with_graphs(make, "whole"),
+    "W4A16": lambda make: {
+        "BF16": job(make("bf16")),
+        "dequantized": job(make("dequantized")),
+        "stored": job(make("w4a16")),
+        "online": job(make("bf16"), options("w4a16")),
+        "modelopt": job(make("w4a16 as modelopt"), OURS),
+        "compressed-tensors": job(make("w4a16 as compressed-tensors"), OURS),
+    },
+    "W4A4": lambda make: {
+        "stored": job(make("w4a4"), capture=CAPTURED),
+        "online": job(make("bf16"), OURS),
+        "compressed-tensors": job(make("w4a16 as compressed-tensors"), OURS | options("nvfp4_4over6")),
+        "static": job(make("calibrated"), OURS | options("nvfp4_static"), capture=CAPTURED),
+    },
+    # Graphs read the weights from where they were.
+    "stored, again": lambda make: {"": job(make("w4a16"), graphs("whole") | SLEEPY, **AGAIN)},
+    "online, again": lambda make: {"": job(make("bf16"), OURS | SLEEPY, **AGAIN)},
+    "online": lambda make: {"": job(make("bf16"), options("w4a16"))},
+    "adapted": lambda make: {"": job(make("w4a16"), LORA, adapter=make("adapter"))},
+    "one": lambda make: {"BF16": job(make("bf16")), "W4A16": job(make("w4a16"))},
+    "two BF16": lambda make: {"": job(make("bf16"), TWO)},
+    "two online W4A16": lambda make: {"": job(make("bf16"), options("w4a16") | TWO)},
+    "two stored W4A16": lambda make: {"": job(make("w4a16"), TWO)},
+    "two online W4A4": lambda make: {"": job(make("bf16"), OURS | TWO)},
+    "two stored W4A4": lambda make: {"": job(make("w4a4"), TWO)},
+    "two with half of the experts": lambda make: {"": job(make("w4a16"), TWO | {"enable_expert_parallel": True})},
+}
+"""Jobs by the way a model is served, in the order in which they start: what takes longest first."""
+
+
+def done(path: Path) -> Future[Path]:
+    future: Future[Path] = Future()
+    future.set_result(path)
+    return future
+
+
+@pytest.fixture(scope="module")
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]:
+    """The folder of a model's kind in a form, which is made in the background once it is asked for."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+
+    def quantize(source: Path, target: Path, recipe: str, form: str) -> Path:
+        command = [sys.executable, "-m", "fouroversix_plugin.cli", "quantize", str(source), str(target)]
+        # In a process: threads of this one would wait for each other.
+        subprocess.run(
+            [*command, "--recipe", recipe, "--format", form], check=True, timeout=LIMIT, stdout=subprocess.DEVNULL
+        )
+        return target
+
+    with ThreadPoolExecutor() as pool:
+
+        @functools.cache
+        def ask(kind: str, form: str) -> Future[Path]:
+            target = folder / f"{kind} {form}"
+            if form == "adapter":
+                return done(random_adapter(target, RANK))
+            if form == "bf16" and kind in RANDOM:
+                return done(random_model(RANDOM[kind], target, DEVICE))
+            if form == "bf16":
+                return done(request.getfixturevalue("models")[KINDS.index(kind)])
+            if form == "dequantized":
+                quantized = ask(kind, "w4a16")
+                return pool.submit(lambda: dequantized(quantized.result(), target))
+            source = ask(kind, "bf16").result()
+            if form == "calibrated":
+                return pool.submit(calibrated, source, target)
+            scheme, _, spelled = form.partition(" as ")
+            recipe = {"w4a16": "w4a16", "w4a4": "nvfp4_4over6"}[scheme]
+            return pool.submit(quantize, source, target, recipe, spelled or "nvfp4_4over6")
+
+        yield ask
+
+
+@pytest.fixture(scope="module")
+def prompts(checkpoint: Checkpoint) -> Callable[[str], list[list[int]]]:
+    """English for a model that knows it, else anything."""
+
+    @functools.cache
+    def ask(kind: str) -> list[list[int]]:
+        if kind in RANDOM:
+            ids = torch.randint(DENSE["vocab_size"], (STREAMS * LENGTH,), generator=torch.Generator().manual_seed(0))
+        else:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint(kind, "bf16").result())
+            ids = torch.tensor(tokenizer((ROOT / "LICENSE").read_text())["input_ids"][: STREAMS * LENGTH])
+        return ids.view(STREAMS, LENGTH).tolist()
+
+    return ask
+
+
+@pytest.fixture(scope="module")
+def runs(
+    request: pytest.FixtureRequest,
+    checkpoint: Checkpoint,
+    prompts: Callable[[str], list[list[int]]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Runs]:
+    """Results by the name of a run: the kind of model and the way it is served."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def start(kind: str, way: str) -> Future[dict[str, Any]]:
+        place = folder / f"{kind} {way}"
+        place.mkdir()
+        if way in CONFIGS:
+            return pool.submit(chat, way, checkpoint(kind, "bf16").result(), place / "server.log")
+        jobs, asked = WAYS[way](functools.partial(checkpoint, kind)), prompts(kind)
+
+        def run() -> dict[str, Any]:
+            for described in jobs.values():
+                described |= {key: str(value.result()) for key, value in described.items() if isinstance(value, Future)}
+            return run_engine(place, jobs, asked, limit=LIMIT)
+
+        return pool.submit(run)
+
+    wanted = {
+        name.format(**item.callspec.params if hasattr(item, "callspec") else {})
+        for item in request.session.items
+        if item.path == request.path
+        for mark in item.iter_markers("engine")
+        for name in mark.args
+    }
+    order = [*CONFIGS, *WAYS]
+    names = sorted((name.split(": ") for name in wanted), key=lambda name: (order.index(name[1]), name[0]))
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) * 3 // 4)) as pool:
+        started: dict[str, Future[dict[str, Any]]] = {}
+        try:
+            for kind, way in names:
+                if "two" not in way or torch.cuda.device_count() > 1:
+                    started[f"{kind}: {way}"] = start(kind, way)
+            yield lambda name: started[name].result() | {"folder": folder / name.replace(":", "")}
+        finally:
+            for future in started.values():
+                future.cancel()
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+
+
+def chat(config: str, model: Path, log: Path) -> dict[str, Any]:
+    """What a server with a file of configs/serve says."""
+    file = ROOT / "configs" / "serve" / f"{config}.yaml"
+    share = [f"--{name.replace('_', '-')}={value}" for name, value in SHARE.items()]
+    # `vllm serve`, wherever its script was installed.
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--config", str(file), *share]
+    question = {"role": "user", "content": "What is the capital of France?"}
+    body = {"model": str(model), "messages": [question], "temperature": 0, "max_tokens": 16}
+
+    async def ask() -> dict[str, Any]:
+        async with serving(shlex.join(command), log, LIMIT) as server, Client(server.base_url) as client:
+            return await client.post("chat/completions", body)
+
+    reply = asyncio.run(ask())
+    return {"text": reply["choices"][0]["message"]["content"], "log": log.read_text()}
+
+
+# --- what is served ---
+
+
+@pytest.fixture(scope="module")
+def emulated(checkpoint: Checkpoint, prompts: Callable[[str], list[list[int]]]) -> Iterator[Emulated]:
+    """What the CPU path says of a model, with all that is not quantized in fp32 or in BF16."""
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+
+        @functools.cache
+        def start(kind: str) -> dict[tuple[str, torch.dtype], Future[torch.Tensor]]:
+            return {
+                (scheme, dtype): pool.submit(
+                    emulated_logprobs,
+                    *(checkpoint(kind, form).result() for form in ("bf16", scheme.lower())),
+                    prompts(kind),
+                    fos.Recipe() if scheme == "W4A4" else None,
+                    dtype,
+                )
+                for scheme, dtype in itertools.product(SCHEMES, (torch.float32, torch.bfloat16))
+                if (scheme, dtype) != ("W4A16", torch.bfloat16)
+            }
+
+        yield lambda kind, scheme, dtype=torch.float32: start(kind)[scheme, dtype].result()
+
+
+def rounding(emulated: Emulated, kind: str) -> float:
+    """How far W4A4 logprobs move when all else is rounded to BF16: codes flip, and each flip moves others."""
+    return distance(emulated(kind, "W4A4", torch.bfloat16), emulated(kind, "W4A4"))
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().mean())
+
+
+@pytest.mark.engine("{kind}: W4A16")
+@pytest.mark.parametrize("kind", KINDS)
+def test_w4a16_is_further_from_the_cpu_path_than_bf16_rounding(runs: Runs, emulated: Emulated, kind: str) -> None:
+    exact, served = emulated(kind, "W4A16"), runs(f"{kind}: W4A16")
+    ours, stock, far = (distance(flat(served[way]), exact) for way in ("stored", "dequantized", "BF16"))
+    apart = distance(flat(served["stored"]), flat(served["dequantized"]))
+    print(
+        f"{kind} W4A16: {ours:.4f} from the CPU path in fp32, dequantized weights in stock BF16 {stock:.4f}; "
+        f"{apart:.4f} from each other; quantization moves {far:.4f}"
+    )
+    assert ours < 1.6 * stock
+    assert far > 3 * stock, "the bound above means nothing if other weights would pass it"
+
+
+@pytest.mark.engine("{kind}: W4A4", "{kind}: W4A16")
+@pytest.mark.parametrize("kind", KINDS)
+def test_w4a4_is_further_from_the_cpu_path_than_rounding(runs: Runs, emulated: Emulated, kind: str) -> None:
+    """Rounding moves this model's logprobs as far as W4A4 itself does, but up as often as down: the mean stays."""
+    one, other = emulated(kind, "W4A4"), emulated(kind, "W4A4", torch.bfloat16)
+    ours, far = (flat(runs(f"{kind}: {scheme}")["stored"]) for scheme in ("W4A4", "W4A16"))
+    limit = rounding(emulated, kind)
+    (off, error), (far_off, far_error) = (off_in_mean(logprobs, (one + other) / 2) for logprobs in (ours, far))
+    print(
+        f"{kind} W4A4: {distance(ours, one):.4f} from the CPU path in fp32, which BF16 moves by {limit:.4f}; "
+        f"in the mean {off:.4f} ± {error:.4f}, W4A16 {far_off:.4f} ± {far_error:.4f}"
+    )
+    assert distance(ours, one) < 1.3 * limit
+    assert abs(off) < 4 * error
+    assert abs(far_off) > 4 * far_error, "the bound above means nothing if full-precision activations would pass it"
+
+
+def off_in_mean(logprobs: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
+    """With its standard error over prompts: what is off at one place is off at others of its prompt."""
+    of_prompts = (logprobs - expected).view(STREAMS, -1).mean(1)
+    return float(of_prompts.mean()), float(of_prompts.std()) / STREAMS**0.5
+
+
+@pytest.mark.engine("{kind}: W4A4")
+@pytest.mark.parametrize("way", ["stored", "static"])
+@pytest.mark.parametrize(("kind", "part"), [(kind, part) for kind in KINDS for part in PARTS[kind]])
+def test_a_served_w4a4_layer_is_not_the_reference(
+    runs: Runs, checkpoint: Checkpoint, kind: str, part: str, way: str
+) -> None:
+    served, static = runs(f"{kind}: W4A4"), way == "static"
+    flat(served[way])
+    captured = load_file(served["folder"] / f"{way}.safetensors", DEVICE)
+    folder = checkpoint(kind, "calibrated" if static else "w4a4").result()
+    tensors = load_file(folder / "model.safetensors", DEVICE)
+    compute, seen = (reference_experts, ["w1", "w2"]) if part == EXPERTS else (reference_linear, [part])
+    recipe, amax = (PLAIN, [static_amax(name).to(DEVICE) for name in seen]) if static else (fos.Recipe(), [])
+    # Gate and up in BF16 differ in their last bit here and there, which flips codes of the experts' second product.
+    limits = (1e-3, 1e-2) if part == EXPERTS else (1e-5, 2e-3)
+    for name in (f"{layer}.{part}" for layer in LAYERS):
+        y, expected = captured[f"{name}/y"], compute(captured, tensors, name, recipe, *amax)
+        print(f"{kind} {name}, {way}: calc_diff {calc_diff(y, expected):.2g}")
+        assert_close(y, expected, *limits)
+
+
+@pytest.mark.engine("{kind}: {scheme}")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("scheme", "way"),
+    [
+        ("W4A16", "online"),
+        ("W4A16", "modelopt"),
+        ("W4A16", "compressed-tensors"),
+        ("W4A4", "online"),
+        ("W4A4", "compressed-tensors"),
+    ],
+)
+def test_the_same_weights_answer_otherwise(runs: Runs, kind: str, scheme: str, way: str) -> None:
+    """Quantized while loading, or spelled as others spell them."""
+    served = runs(f"{kind}: {scheme}")
+    assert torch.equal(flat(served[way]), flat(served["stored"]))
+    assert served[way]["generated"] == served["stored"]["generated"]
+
+
+# --- graphs and compilers ---
+
+
+def eager(runs: Runs, kind: str, scheme: str) -> dict[str, Any]:
+    return runs(f"{kind}: W4A16")["BF16"] if scheme == "BF16" else runs(f"{kind}: {scheme}")["stored"]
+
+
+def moved(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, int]:
+    """Distance of two runs' logprobs, those of generated tokens as long as these agree; how many tokens that is."""
+    apart, agreeing = [(flat(one) - flat(other)).abs()], 0
+    for i in range(STREAMS):
+        pairs = list(zip(one["tokens"][i], other["tokens"][i], strict=False))
+        same = next((at for at, (a, b) in enumerate(pairs) if a != b), len(pairs))
+        apart.append((torch.tensor(one["generated"][i][:same]) - torch.tensor(other["generated"][i][:same])).abs())
+        agreeing += same
+    return float(torch.cat(apart).mean()), agreeing
+
+
+@pytest.mark.engine("{kind}: {way}", "{kind}: W4A16", "{kind}: W4A4")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("way", GRAPHS)
+def test_graphs_move_answers_more_than_those_of_bf16(
+    runs: Runs, emulated: Emulated, kind: str, scheme: str, way: str
+) -> None:
+    """Where BF16's answers stay the same to the bit, ours have to; compilers round other layers otherwise."""
+    stock, _ = moved(runs(f"{kind}: {way}")["BF16"], eager(runs, kind, "BF16"))
+    ours, agreeing = moved(runs(f"{kind}: {way}")[scheme], eager(runs, kind, scheme))
+    limit = 1.5 * stock
+    if scheme == "W4A4" and stock > 0:
+        limit = 1.3 * rounding(emulated, kind)
+    print(f"{kind} {scheme}, {way}: moved by {ours:.4f} (limit {limit:.4f}), BF16 by {stock:.4f}; {agreeing} tokens")
+    assert ours <= limit
+
+
+@pytest.mark.engine("{kind}: compiled")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_long_generation_ends_in_nan(runs: Runs, kind: str, scheme: str) -> None:
+    generated = torch.tensor(runs(f"{kind}: compiled")[scheme]["generated"])
+    print(f"{kind} {scheme}: logprobs of {tuple(generated.shape)} tokens from {generated.min():.2f}")
+    assert generated.shape == (STREAMS, MANY)
+    assert generated.isfinite().all()
+
+
+# --- weights that go and come back, adapters, memory ---
+
+
+@pytest.mark.engine("{kind}: {way}, again")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", ["stored", "online"])
+def test_weights_that_are_loaded_again_or_slept_are_others(runs: Runs, kind: str, way: str) -> None:
+    served = runs(f"{kind}: {way}, again")[""]
+    before = flat(served)
+    found = {name: torch.tensor(served[name]).flatten() for name in ("forgotten", "reloaded", "woken", "refilled")}
+    assert not torch.equal(found["forgotten"], before), "the weights were never gone"
+    for name in ("reloaded", "woken", "refilled"):
+        assert torch.equal(found[name], before), name
+
+
+@pytest.mark.engine("small dense: adapted")
+def test_an_adapter_is_added_to_other_weights(runs: Runs, checkpoint: Checkpoint, prompts: Callable[..., Any]) -> None:
+    served = runs("small dense: adapted")[""]
+    source, stored, adapter = (checkpoint("small dense", form).result() for form in ("bf16", "w4a16", "adapter"))
+    without = emulated_logprobs(source, stored, prompts("small dense"))
+    exact = emulated_logprobs(source, stored, prompts("small dense"), adapter=adapter)
+    rounding = distance(flat(served), without)
+    off, added = distance(torch.tensor(served["adapted"]).flatten(), exact), distance(exact, without)
+    print(f"adapter: {off:.4f} from the CPU path in fp32, without it {rounding:.4f}; it moves {added:.4f}")
+    assert off < 2 * rounding
+    assert added > 10 * rounding, "the adapter changes nothing that could be seen"
+
+
+@pytest.mark.engine("small moe: adapted")
+def test_an_adapter_for_experts_is_served(runs: Runs) -> None:
+    assert "does not do --enable-lora" in runs("small moe: adapted")[""]["error"]
+
+
+@pytest.mark.engine("{kind}: online")
+@pytest.mark.parametrize("kind", ["large dense", "large moe"])
+def test_quantizing_while_loading_takes_more_than_a_layer_and_a_half(
+    runs: Runs, checkpoint: Checkpoint, kind: str
+) -> None:
+    with safe_open(checkpoint(kind, "bf16").result() / "model.safetensors", "pt") as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys() if ".layers.0." in name]  # noqa: SIM118
+    layer, memory = 2 * sum(map(math.prod, shapes)), runs(f"{kind}: online")[""]["memory"]
+    above = (memory["peak"] - memory["weights"]) / layer
+    mib = {name: size / 2**20 for name, size in {**memory, "layer": layer}.items()}
+    print(
+        f"{kind}: weights {mib['weights']:.0f} MiB, at the peak {mib['peak']:.0f} MiB: {above:.2f} layers of "
+        f"{mib['layer']:.0f} MiB more"
+    )
+    assert above <= 1.5
+
+
+# --- servers ---
+
+
+@pytest.mark.engine("dense: {config}")
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_config_does_not_serve(runs: Runs, config: str) -> None:
+    answer = runs(f"dense: {config}")
+    print(f"{config}: {answer['text']!r}")
+    assert "Paris" in answer["text"]
+    assert "fouroversix: loaded 120 layers" in answer["log"]
+    scheme = "W4A16" if config == "vllm-w4a16" else "W4A4"
+    assert f"fouroversix: linear {scheme} on {DEVICE} by the {DEVICE} backend" in answer["log"]
+
+
+# --- two GPUs ---
+
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+SMALL_KINDS = ["small dense", "small moe"]
+
+
+@needs_two
+@pytest.mark.engine("{kind}: two {way}", "{kind}: two BF16", "{kind}: one")
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [(kind, f"{way} W4A16") for kind in SMALL_KINDS for way in ("online", "stored")]
+    + [("small moe", "with half of the experts")],
+)
+def test_two_ranks_move_answers_more_than_those_of_bf16(runs: Runs, kind: str, way: str) -> None:
+    one = runs(f"{kind}: one")
+    stock, _ = moved(runs(f"{kind}: two BF16")[""], one["BF16"])
+    ours, agreeing = moved(runs(f"{kind}: two {way}")[""], one["W4A16"])
+    print(f"{kind}, two ranks, {way}: moved by {ours:.4f}, BF16 by {stock:.4f}; {agreeing} tokens")
+    assert ours < 2 * stock
+
+
+@needs_two
+@pytest.mark.engine("{kind}: two online {scheme}", "{kind}: two stored {scheme}")
+@pytest.mark.parametrize("kind", SMALL_KINDS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_two_ranks_quantize_for_their_own_amax(runs: Runs, kind: str, scheme: str) -> None:
+    """With one amax over the ranks, online bytes are slices of the stored ones: not a bit differs."""
+    online, stored = (runs(f"{kind}: two {way} {scheme}")[""] for way in ("online", "stored"))
+    assert torch.equal(flat(online), flat(stored))
