@@ -1,4 +1,6 @@
 // Which kernel multiplies, and how its work is cut.
+#include <limits>
+
 #include "gemm.h"
 
 namespace fos::cuda {
@@ -45,7 +47,10 @@ Launch launch_of(int rows, int columns, int outputs, bool any_rows, int multipro
   } kTiles[] = {{32, 0.24, 0.47, 1.2}, {64, 0.28, 0.54, 3.0}, {128, 0.37, 0.71, 4.0}, {256, 0.65, 1.30, 5.5}};
   constexpr int kMostSplit = 3;  // larger clusters leave multiprocessors idle
   const auto cost = [&](const auto& tile, int split, int64_t tokens) {
-    const int64_t tiles = ceil_div(row_tiles * ceil_div(tokens, tile.tokens) * split, multiprocessors);
+    const int64_t parts = row_tiles * ceil_div(tokens, tile.tokens) * split;
+    // Clusters beyond the first for a multiprocessor wait until another one has ended.
+    if (split > 1 && parts > multiprocessors) return std::numeric_limits<double>::infinity();
+    const int64_t tiles = ceil_div(parts, multiprocessors);
     const double step = static_cast<double>(tiles / 2) * tile.two + static_cast<double>(tiles % 2) * tile.one;
     return static_cast<double>(ceil_div(steps, split)) * step + (split > 1 ? tile.split : 0.0);
   };
