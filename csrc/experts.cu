@@ -127,27 +127,17 @@ __global__ void __launch_bounds__(kSumThreads) sum_slots(const Combine c) {
 }  // namespace
 
 cudaError_t route(const Route& r, cudaStream_t stream) {
-  constexpr int kMostCtas = 8;  // that any cluster may have
-  const int64_t ctas = ceil_div(r.slots, 2 * kRouteThreads);
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(ctas < 1 ? 1 : ctas < kMostCtas ? ctas : kMostCtas), 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(attributes[1].val.clusterDim.x);
-  config.blockDim = dim3(kRouteThreads);
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  return cudaLaunchKernelEx(&config, sort_slots, r);
+  constexpr int64_t kMostCtas = 8;  // that any cluster may have
+  const int64_t wanted = ceil_div(r.slots, 2 * kRouteThreads);
+  const auto ctas = static_cast<unsigned>(wanted < 1 ? 1 : wanted < kMostCtas ? wanted : kMostCtas);
+  return launch_early(sort_slots, dim3(ctas), ctas, kRouteThreads, 0, stream, r);
 }
 
 cudaError_t gather(const Gather& g, cudaStream_t stream) {
   if (g.rows == 0) return cudaSuccess;
   const dim3 grid(static_cast<unsigned>(g.rows));
   const auto kernel = g.dtype == Dtype::bf16 ? gather_rows<__nv_bfloat16> : gather_rows<__half>;
-  return launch_early(kernel, grid, kCopyThreads, 0, stream, g);
+  return launch_early(kernel, grid, 0, kCopyThreads, 0, stream, g);
 }
 
 cudaError_t combine(const Combine& c, cudaStream_t stream) {
@@ -156,7 +146,7 @@ cudaError_t combine(const Combine& c, cudaStream_t stream) {
   const int parts = (c.columns / 4 + kSumThreads - 1) / kSumThreads;
   const dim3 grid(static_cast<unsigned>(tokens), static_cast<unsigned>(parts));
   const auto kernel = c.dtype == Dtype::bf16 ? sum_slots<__nv_bfloat16> : sum_slots<__half>;
-  return launch_early(kernel, grid, kSumThreads, 0, stream, c);
+  return launch_early(kernel, grid, 0, kSumThreads, 0, stream, c);
 }
 
 }  // namespace fos::cuda

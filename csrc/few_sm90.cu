@@ -365,7 +365,8 @@ cudaError_t launch(const Gemm& g, cudaStream_t stream) {
   plan.units_each = plan.row_units / ctas;
   plan.units_more = plan.row_units % ctas;
   const dim3 grid(static_cast<unsigned>(ctas));
-  return launch_early(few<kTokens>, grid, kThreads, fixed_bytes(kTokens) + plan.slots * slot_bytes, stream, g, plan);
+  const int bytes = fixed_bytes(kTokens) + plan.slots * slot_bytes;
+  return launch_early(few<kTokens>, grid, 0, kThreads, bytes, stream, g, plan);
 }
 
 }  // namespace

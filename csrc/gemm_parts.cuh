@@ -134,7 +134,24 @@ __device__ __forceinline__ float load_number(const void* from, Dtype dtype, int 
   return widen(static_cast<const __half*>(from)[index]);
 }
 
+// `row`: of x.
+__device__ __forceinline__ float token_scale_of(const Gemm& g, int row) {
+  return g.token_scale == nullptr ? 1.0f : g.token_scale[g.token_of == nullptr ? row : g.token_of[row]];
+}
+__device__ __forceinline__ int out_row_of(const Gemm& g, int row) { return g.out_row == nullptr ? row : g.out_row[row]; }
+
+__device__ __forceinline__ const float* decode_scales_of(const Gemm& g, int expert) {
+  return g.decode_scale + static_cast<int64_t>(expert) * (kOutput == Output::gated ? 2 * g.outputs : g.outputs);
+}
+
+// What a sum stands for.
+__device__ __forceinline__ float scaled_back(float sum, float token_scale, float decode_scale) {
+  return ((sum * kUnscale) * token_scale) * decode_scale;
+}
+
+// Of gate and up as they are stored, in the type of x.
 __device__ __forceinline__ float activate(float gate, float up, Activation activation) {
+  gate = rounded(gate), up = rounded(up);
   if (activation == Activation::silu) return silu_and_mul(gate, up);
   if (activation == Activation::gelu) return 0.5f * gate * (1.0f + erff(gate * 0.70710678118654752f)) * up;
   const float inner = 0.79788456080286536f * (gate + 0.044715f * gate * gate * gate);
@@ -152,20 +169,18 @@ struct Piece {
     output = kOutput == Output::gated ? row / 16 * 8 + row % 8 : row;
     inside = output < g.outputs;
     if (!inside) return;
-    const int weight_rows = kOutput == Output::gated ? 2 * g.outputs : g.outputs;
-    const float* of_expert = g.decode_scale + static_cast<int64_t>(expert) * weight_rows;
+    const float* of_expert = decode_scales_of(g, expert);
 #pragma unroll
     for (int i = 0; i < kPieceRows; ++i) scale[i] = of_expert[output + i % kOutputs + i / kOutputs * g.outputs];
   }
 
   // `row`: of x.
   __device__ __forceinline__ void finish(const Gemm& g, int row, const float (&sums)[kPieceRows]) const {
-    float token_scale = 1.0f;
-    if (g.token_scale != nullptr) token_scale = g.token_scale[g.token_of == nullptr ? row : g.token_of[row]];
-    const int64_t to = static_cast<int64_t>(g.out_row == nullptr ? row : g.out_row[row]) * g.outputs + output;
+    const float token_scale = token_scale_of(g, row);
+    const int64_t to = static_cast<int64_t>(out_row_of(g, row)) * g.outputs + output;
     float y[kPieceRows];
 #pragma unroll
-    for (int i = 0; i < kPieceRows; ++i) y[i] = ((sums[i] * kUnscale) * token_scale) * scale[i];
+    for (int i = 0; i < kPieceRows; ++i) y[i] = scaled_back(sums[i], token_scale, scale[i]);
     if constexpr (kOutput == Output::fp32) {
       float4* out = reinterpret_cast<float4*>(static_cast<float*>(g.out) + to);
       out[0] = make_float4(y[0], y[1], y[2], y[3]);
@@ -175,7 +190,7 @@ struct Piece {
 #pragma unroll
       for (int i = 0; i < kOutputs; ++i) {
         if constexpr (kOutput == Output::gated) {
-          y[i] = activate(rounded(y[i]), rounded(y[i + kOutputs]), g.activation);
+          y[i] = activate(y[i], y[i + kOutputs], g.activation);
         } else if (g.bias != nullptr) {
           y[i] = y[i] + load_number(g.bias, g.bias_dtype, output + i);
         }

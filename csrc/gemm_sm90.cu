@@ -157,9 +157,8 @@ struct Strip {
     output = kOutput == Output::gated ? row / 2 : row;
     inside = output < g.outputs;
     if (!inside) return;
-    const int weight_rows = kOutput == Output::gated ? 2 * g.outputs : g.outputs, own = output + lane / 4;
-    const float* of_expert = g.decode_scale + static_cast<int64_t>(tile.block.expert) * weight_rows;
-    const int on = kOutput == Output::gated ? g.outputs : 8;
+    const float* of_expert = decode_scales_of(g, tile.block.expert);
+    const int own = output + lane / 4, on = kOutput == Output::gated ? g.outputs : 8;
     scale[0] = of_expert[own];
     scale[1] = of_expert[own + on];
     if (kOutput == Output::linear && g.bias != nullptr) {
@@ -183,8 +182,8 @@ struct Tokens {
       scale[i] = 1.0f;
       row[i] = x_row;
       if (x_row >= block.end) continue;
-      if (g.token_scale != nullptr) scale[i] = g.token_scale[g.token_of == nullptr ? x_row : g.token_of[x_row]];
-      if (g.out_row != nullptr) row[i] = g.out_row[x_row];
+      scale[i] = token_scale_of(g, x_row);
+      row[i] = out_row_of(g, x_row);
     }
   }
   // For a token that is the same in every lane, but for what `lane_token` adds; first is a multiple of 8.
@@ -212,11 +211,11 @@ __device__ __forceinline__ void write_rows(const Gemm& g, const Strip& strip, co
   const Tokens<kTokens> tokens(g, block, lane);
   const int count = block.end - block.begin;
   const int column = lane % 4 * 2;
-  // ((sum * token_scale) * decode_scale) of rows r and r + 8 for two tokens, each.
+  // Of rows r and r + 8, two tokens each.
   const auto finished = [&](int token, float (&y)[4]) {
     const float scales[2] = {tokens.scale_of(token, column), tokens.scale_of(token, column + 1)};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) y[i] = ((sums[token / 2 + i] * kUnscale) * scales[i % 2]) * strip.scale[i / 2];
+    for (int i = 0; i < 4; ++i) y[i] = scaled_back(sums[token / 2 + i], scales[i % 2], strip.scale[i / 2]);
   };
   if constexpr (kOutput == Output::fp32) {
 #pragma unroll
@@ -250,8 +249,7 @@ __device__ __forceinline__ void write_rows(const Gemm& g, const Strip& strip, co
         float y[4];
         finished(token, y);
         if constexpr (kOutput == Output::gated) {
-          matrices[i] = pack(activate(rounded(y[0]), rounded(y[2]), g.activation),
-                             activate(rounded(y[1]), rounded(y[3]), g.activation));
+          matrices[i] = pack(activate(y[0], y[2], g.activation), activate(y[1], y[3], g.activation));
         } else {
           if (g.bias != nullptr) {
 #pragma unroll
@@ -579,19 +577,9 @@ cudaError_t launch(const Gemm& g, cudaStream_t stream) {
   // A cluster that shares tiles takes one for each team at most; other CTAs stay for as many as there are.
   const int64_t at_once = g.multiprocessors / g.split, least = kShared ? ceil_div(tiles, S::kTeams) : 1;
   const int64_t clusters = tiles < at_once ? tiles : least > at_once ? least : at_once;
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(g.split), 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(g.split * clusters));
-  config.blockDim = dim3(S::kThreads);
-  config.dynamicSmemBytes = S::kBytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = kShared ? 2 : 1;
-  return cudaLaunchKernelEx(&config, gemm<kTokens, kShared>, maps, g);
+  const dim3 grid(static_cast<unsigned>(g.split * clusters));
+  const unsigned cluster = kShared ? static_cast<unsigned>(g.split) : 0;
+  return launch_early(gemm<kTokens, kShared>, grid, cluster, S::kThreads, S::kBytes, stream, maps, g);
 }
 
 template <int kTokens>

@@ -131,20 +131,23 @@ __device__ __forceinline__ void let_kernel_after_start() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
-// Launches a kernel whose CTAs may start before the kernel before it has ended: it says itself what waits.
+// Launches a kernel whose CTAs may start before the kernel before it has ended: it says itself what waits. `cluster`: CTAs
+// of a cluster along x, or 0 for none.
 template <class... Arguments>
-cudaError_t launch_early(void (*kernel)(Arguments...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
-                         const std::type_identity_t<Arguments>&... arguments) {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+cudaError_t launch_early(void (*kernel)(Arguments...), dim3 grid, unsigned cluster, int threads, int shared_bytes,
+                         cudaStream_t stream, const std::type_identity_t<Arguments>&... arguments) {
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {cluster, 1, 1};
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = cluster > 0 ? 2 : 1;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
@@ -221,7 +224,6 @@ __device__ __forceinline__ uint64_t swizzled_operand(uint32_t start) {
 #define FOS_R4 "%0, %1, %2, %3"
 #define FOS_R8 FOS_R4 ", %4, %5, %6, %7"
 #define FOS_R16 FOS_R8 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define FOS_R24 FOS_R16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define FOS_R32 FOS_R16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define FOS_R48                                                                                                       \
   FOS_R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
@@ -239,7 +241,6 @@ __device__ __forceinline__ uint64_t swizzled_operand(uint32_t start) {
 #define FOS_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define FOS_D8(i) FOS_D4(i), FOS_D4(i + 4)
 #define FOS_D16(i) FOS_D8(i), FOS_D8(i + 8)
-#define FOS_D24(i) FOS_D16(i), FOS_D8(i + 16)
 #define FOS_D32(i) FOS_D16(i), FOS_D16(i + 16)
 #define FOS_D48(i) FOS_D32(i), FOS_D16(i + 32)
 #define FOS_D64(i) FOS_D32(i), FOS_D32(i + 32)
@@ -259,14 +260,13 @@ struct Wgmma;
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(operand));                                       \
     }                                                                                                                 \
   };
-#define FOS_WGMMA_OF(T, type)                                                              \
-  FOS_WGMMA(T, type, 16, 8, "%8", "%9", "%10", "%11", "%12")                        \
-  FOS_WGMMA(T, type, 32, 16, "%16", "%17", "%18", "%19", "%20")                     \
-  FOS_WGMMA(T, type, 64, 32, "%32", "%33", "%34", "%35", "%36")                     \
-  FOS_WGMMA(T, type, 48, 24, "%24", "%25", "%26", "%27", "%28")                     \
-  FOS_WGMMA(T, type, 96, 48, "%48", "%49", "%50", "%51", "%52")                     \
-  FOS_WGMMA(T, type, 128, 64, "%64", "%65", "%66", "%67", "%68")                    \
-  FOS_WGMMA(T, type, 192, 96, "%96", "%97", "%98", "%99", "%100")                  \
+#define FOS_WGMMA_OF(T, type)                                          \
+  FOS_WGMMA(T, type, 16, 8, "%8", "%9", "%10", "%11", "%12")           \
+  FOS_WGMMA(T, type, 32, 16, "%16", "%17", "%18", "%19", "%20")        \
+  FOS_WGMMA(T, type, 64, 32, "%32", "%33", "%34", "%35", "%36")        \
+  FOS_WGMMA(T, type, 96, 48, "%48", "%49", "%50", "%51", "%52")        \
+  FOS_WGMMA(T, type, 128, 64, "%64", "%65", "%66", "%67", "%68")       \
+  FOS_WGMMA(T, type, 192, 96, "%96", "%97", "%98", "%99", "%100")      \
   FOS_WGMMA(T, type, 256, 128, "%128", "%129", "%130", "%131", "%132")
 
 FOS_WGMMA_OF(__nv_bfloat16, "bf16")
@@ -279,7 +279,6 @@ FOS_WGMMA_OF(__half, "f16")
 #undef FOS_D64
 #undef FOS_D48
 #undef FOS_D32
-#undef FOS_D24
 #undef FOS_D16
 #undef FOS_D8
 #undef FOS_D4
@@ -288,7 +287,6 @@ FOS_WGMMA_OF(__half, "f16")
 #undef FOS_R64
 #undef FOS_R48
 #undef FOS_R32
-#undef FOS_R24
 #undef FOS_R16
 #undef FOS_R8
 #undef FOS_R4
