@@ -95,6 +95,13 @@ def append(path: str, record: dict[str, Any]) -> None:
 # --- the process that reports ----------------------------------------------------------------------------------------
 
 
+def engine_arguments(options: argparse.Namespace, configuration: str, folder: Path) -> dict[str, Any]:
+    """Those of the engine's own, then those that were asked for."""
+    source = models.source(configuration, folder, options.dummy)
+    made_up = {"load_format": "dummy"} if source.made_up else {}
+    return {**ENGINES[options.engine].arguments(options, configuration, source), **made_up, **options.llm}
+
+
 def run_configuration(
     options: argparse.Namespace, configuration: str, folder: Path, command: Sequence[str], deadline: float
 ) -> list[dict[str, Any]]:
@@ -105,7 +112,7 @@ def run_configuration(
     job = {
         "configuration": configuration,
         "engine": options.engine,
-        "arguments": engine.arguments(options, configuration, folder),
+        "arguments": engine_arguments(options, configuration, folder),
         "vocabulary": models.SHAPES[options.shape].vocabulary,
         "streams": options.streams,
         "prefill": options.prefill,

@@ -8,10 +8,9 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-import bench_serve_models as models
+from bench_serve_models import Source
 
 NAME = "SGLang"
 LOADED = re.compile(r"Load weight end\. elapsed=(?P<seconds>[\d.]+) s, .*mem usage=(?P<gib>-?[\d.]+) GB")
@@ -37,9 +36,8 @@ STOCK = {
 activations as they are in either case."""
 
 
-def arguments(options: argparse.Namespace, configuration: str, folder: Path) -> dict[str, Any]:
+def arguments(options: argparse.Namespace, configuration: str, source: Source) -> dict[str, Any]:
     """Those of sglang.Engine, which are the server's flags."""
-    source = models.source(configuration, folder, options.dummy)
     given: dict[str, Any] = {
         "model_path": str(source.folder),
         "dtype": "bfloat16",
@@ -60,11 +58,8 @@ def arguments(options: argparse.Namespace, configuration: str, folder: Path) -> 
         # Only the batches that are timed. SGLang would capture some fifty more, and as many of prefill, which long
         # prompts gain nothing from.
         given |= {"cuda_graph_bs_decode": options.streams, "disable_prefill_cuda_graph": True}
-    if source.made_up:
-        given["load_format"] = "dummy"
     if overrides := STOCK if configuration == "stock" else source.overrides:
         given["json_model_override_args"] = json.dumps(overrides)
-    given.update(options.llm)
     return given
 
 

@@ -3,18 +3,16 @@
 import argparse
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-import bench_serve_models as models
+from bench_serve_models import Source
 
 NAME = "vLLM"
 LOADED = re.compile(r"Model loading took (?P<gib>[\d.]+) GiB(?: memory)? and (?P<seconds>[\d.]+) seconds")
 
 
-def arguments(options: argparse.Namespace, configuration: str, folder: Path) -> dict[str, Any]:
+def arguments(options: argparse.Namespace, _: str, source: Source) -> dict[str, Any]:
     """Those of vllm.LLM."""
-    source = models.source(configuration, folder, options.dummy)
     given: dict[str, Any] = {
         "model": str(source.folder),
         "dtype": "bfloat16",
@@ -30,11 +28,8 @@ def arguments(options: argparse.Namespace, configuration: str, folder: Path) -> 
     if not options.enforce_eager:
         # Only the batches that are timed: capturing vLLM's some fifty sizes would take longer than decoding does.
         given["compilation_config"] = {"cudagraph_capture_sizes": sorted({1, 2, 4, 8, *options.streams})}
-    if source.made_up:
-        given["load_format"] = "dummy"
     if source.overrides:
         given["hf_overrides"] = source.overrides
-    given.update(options.llm)
     return given
 
 

@@ -18,7 +18,6 @@ import bench_serve
 import bench_serve_models as models
 import bench_serve_report as serve_report
 import bench_serve_sglang
-import bench_serve_vllm
 import bench_timing
 import engine_process
 import pytest
@@ -348,15 +347,15 @@ def test_a_configuration_that_ends_badly_keeps_what_it_measured(tmp_path: Path, 
 
 def test_arguments_of_vllm() -> None:
     options = bench_serve.parse(["--streams", "1,256", "--llm", '{"gpu_memory_utilization": 0.5}'])
-    stock = bench_serve_vllm.arguments(options, "stock", Path("/models"))
+    stock = bench_serve.engine_arguments(options, "stock", Path("/models"))
     assert (stock["model"], stock["max_num_seqs"], stock["gpu_memory_utilization"]) == ("/models/stock", 256, 0.5)
     assert stock["max_model_len"] == 8193
     assert stock["compilation_config"] == {"cudagraph_capture_sizes": [1, 2, 4, 8, 256]}
     assert "load_format" not in stock
-    assert bench_serve_vllm.arguments(options, "bf16", Path("/models"))["load_format"] == "dummy"
+    assert bench_serve.engine_arguments(options, "bf16", Path("/models"))["load_format"] == "dummy"
     options = bench_serve.parse(["--dummy", "--enforce-eager"])
     assert options.configurations == ["bf16", "w4a16", "w4a4"]
-    online = bench_serve_vllm.arguments(options, "w4a16", Path("/models"))
+    online = bench_serve.engine_arguments(options, "w4a16", Path("/models"))
     assert (online["model"], online["load_format"]) == ("/models/bf16", "dummy")
     assert online["hf_overrides"]["quantization_config"] == {"quant_method": "nvfp4_4over6", "recipe": "w4a16"}
     assert "compilation_config" not in online
@@ -364,7 +363,7 @@ def test_arguments_of_vllm() -> None:
 
 def sglang_arguments(configuration: str, *given: str) -> dict[str, Any]:
     options = bench_serve.parse(["--engine", "sglang", "--streams", "1,256", *given])
-    return bench_serve_sglang.arguments(options, configuration, Path("/models"))
+    return bench_serve.engine_arguments(options, configuration, Path("/models"))
 
 
 @pytest.mark.parametrize(
