@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, assert_close
-from engines import SMALL, concatenated, flat, options, run_engine, stored
+from engines import SMALL, concatenated, flat, options, random_model, run_engine, stored
 from safetensors.torch import load_file, save_file
 from sglang_server import ask_server
-from transformers import AutoTokenizer, Glm4MoeConfig, Glm4MoeForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AutoTokenizer, Glm4MoeConfig, Glm4MoeForCausalLM
 
 import fouroversix_plugin as fos
 from fouroversix_plugin import reference
@@ -113,8 +113,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     And `shared`, in W4A16: experts beside one that all tokens share, and a factor on the routed ones.
     """
     folder = tmp_path_factory.mktemp("small")
-    torch.manual_seed(0)
-    MixtralForCausalLM(MixtralConfig(**SMALL)).to(torch.bfloat16).save_pretrained(folder / "bf16")
+    random_model(SMALL, folder / "bf16")
     quantize_checkpoint(folder / "bf16", folder / "w4a16", fos.preset("w4a16"))
     quantize_checkpoint(folder / "bf16", folder / "w4a4", fos.preset("nvfp4_4over6"))
     Glm4MoeForCausalLM(Glm4MoeConfig(**SHARED)).to(torch.bfloat16).save_pretrained(folder / "shared-bf16")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from engines import dequantized, flat, options
+from engines import dequantized, flat, options, random_model
 from sglang_server import ask_server
 
 import fouroversix_plugin as fos
@@ -48,19 +48,11 @@ BACKENDS = ["--attention-backend", "triton", "--sampling-backend", "pytorch"]
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
-    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
-
     folder = tmp_path_factory.mktemp("sglang")
     jobs: dict[str, tuple[Path, list[str]]] = {}
     for kind in ("dense", "moe"):
-        torch.manual_seed(0)
-        model = (
-            LlamaForCausalLM(LlamaConfig(**CONFIG))
-            if kind == "dense"
-            else MixtralForCausalLM(MixtralConfig(**CONFIG, **EXPERTS))
-        )
         source, w4a16, w4a4 = (folder / f"{kind}-{name}" for name in ("bf16", "w4a16", "w4a4"))
-        model.to(torch.bfloat16).save_pretrained(source)
+        random_model(CONFIG if kind == "dense" else CONFIG | EXPERTS, source)
         quantize_checkpoint(source, w4a16, fos.preset("w4a16"))
         quantize_checkpoint(source, w4a4, fos.preset("nvfp4_4over6"))
         jobs |= {

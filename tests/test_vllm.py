@@ -17,7 +17,7 @@ import accuracy
 import pytest
 import torch
 from accuracy_worker import quantization_config
-from conftest import assert_close
+from conftest import ROOT, assert_close
 from divergence_scores import Document
 from engines import (
     MERGED,
@@ -43,7 +43,6 @@ from fouroversix_plugin.checkpoint import quantize_checkpoint
 pytest.importorskip("vllm", reason="vLLM is not installed (scripts/setup.sh installs its CPU build)")
 pytestmark = pytest.mark.engine
 
-ROOT = Path(__file__).resolve().parents[1]
 TEXTS = [
     "The capital of France is Paris, and the capital of Italy is Rome. Both cities are older than the countries they "
     "govern, and each of them lies on a river: Paris on the Seine, Rome on the Tiber. Millions of people visit them "
