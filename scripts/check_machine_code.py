@@ -46,7 +46,8 @@ BUDGETS: Mapping[tuple[str, str], Mapping[int, float]] = {
 A weight is 9/16 of a byte: at 4.8 TB/s and 1.98 GHz, memory gives each of an H200's 132 multiprocessors 33 weights a
 cycle, and one issues instructions for 128 threads a cycle. Beyond about 3.9 instructions a weight, products of few
 tokens would wait for instructions and no longer for memory. fp16 takes a few more than bf16, where fewer fields need a
-shift. Budgets are 7 to 10 % above what ptxas of CUDA 13.0 makes of the sources, 1 to 3 % for tiles of 128 and 256 tokens.
+shift. Budgets are 7 to 10 % above what ptxas of CUDA 13.0 makes of the sources, 1 to 3 % for tiles of 128 and 256
+tokens.
 """
 
 WEIGHTS_AT_ONCE = 8
