@@ -19,6 +19,8 @@ E2M1_VALUES: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitude of each 3-bit code; bit 3 of a code is the sign."""
 
 _CODE_OF_SIX: Final = 7
+_BYTES_AT_A_TIME: Final = 2**23
+"""Of packed codes that are looked at: unpacked, all of a layer's experts would not fit beside them."""
 
 ScaleLayout = Literal["row_major", "128x4", "8x4"]
 
@@ -120,10 +122,16 @@ class NVFP4Tensor:
 
     def block_choices(self) -> tuple[int, int]:
         """(blocks that chose 4, non-zero blocks); see :meth:`share_of_four`."""
-        magnitudes = unpack(self.packed).bitwise_and_(7).unflatten(-1, (-1, BLOCK_SIZE))
-        largest = magnitudes.amax(dim=-1) if magnitudes.numel() else magnitudes.sum(dim=-1)
-        nonzero = largest > 0
-        return int((nonzero & (largest < _CODE_OF_SIX)).sum()), int(nonzero.sum())
+        counts = torch.zeros(2, dtype=torch.int64, device=self.packed.device)
+        if self.packed.numel():
+            rows = max(1, _BYTES_AT_A_TIME // self.packed.shape[-1])
+            for packed in self.packed.flatten(0, -2).split(rows):
+                magnitudes = unpack(packed).bitwise_and_(7).unflatten(-1, (-1, BLOCK_SIZE))
+                largest = magnitudes.amax(dim=-1)
+                nonzero = largest > 0
+                counts += torch.stack(((nonzero & (largest < _CODE_OF_SIX)).sum(), nonzero.sum()))
+        fours, blocks = counts.tolist()
+        return fours, blocks
 
 
 def check_columns(where: str, columns: int) -> None:

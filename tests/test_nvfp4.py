@@ -9,6 +9,7 @@ from conftest import assert_same_bytes, assert_same_tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fouroversix_plugin.nvfp4 import NVFP4Tensor, pack, padded_scale_shape, scales_from_layout, scales_to_layout, unpack
 
@@ -215,3 +216,25 @@ def test_share_of_four_counts_what_a_block_holds() -> None:
     assert q.share_of_four() == 0.5
     empty = NVFP4Tensor(torch.zeros(0, 8, dtype=torch.uint8), torch.zeros(0, 1).to(E4M3), torch.ones(()))
     assert (empty.block_choices(), empty.share_of_four()) == ((0, 0), 0.0)
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that is made within it."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not func.is_view:
+            self.nbytes = max(self.nbytes, result.nbytes)
+        return result
+
+
+def test_counting_choices_takes_as_much_memory_as_the_experts() -> None:
+    """They are counted while full-precision weights are held, too: unpacked, experts take half as much again."""
+    packed = torch.randint(256, (3, 3000, 4096), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    q = NVFP4Tensor(packed, torch.ones(3, 3000, 512).to(E4M3), torch.ones(3))
+    with Largest() as largest:
+        choices = q.block_choices()
+    assert 0 < largest.nbytes <= packed.nbytes // 2
+    assert choices == tuple(map(sum, zip(*(q[e].block_choices() for e in range(3)), strict=True)))
