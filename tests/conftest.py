@@ -25,6 +25,14 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=No
 hypothesis.settings.load_profile("repeatable")
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--seconds", type=float, default=1800, help="that tests of engines on GPUs wait for all their runs together"
+    )
+
+
 GOLDEN = ROOT.parent / "shared" / "golden"
 
 RECIPES = [

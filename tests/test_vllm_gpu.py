@@ -1,7 +1,8 @@
 """Real vLLM on GPUs, beside this package on the CPU and stock BF16 (run by hand, not in CI; -s shows the figures).
 
 A test names the engine runs it needs in its `engine` mark. Those of all chosen tests start together, each in a process
-of its own, as many at a time as there are cores for: a start takes long, and -k chooses.
+of its own, as many at a time as there are cores for: a start takes long, and -k chooses. What has no results after
+--seconds fails; everything else is judged.
 """
 
 import asyncio
@@ -13,6 +14,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
@@ -25,6 +27,7 @@ from conftest import ROOT, assert_close, calc_diff
 from engines import (
     PLAIN,
     SMALL_DENSE,
+    answered,
     calibrated,
     dequantized,
     emulated_logprobs,
@@ -57,6 +60,7 @@ Make = Callable[[str], Future[Path]]
 Job = dict[str, Any]
 Runs = Callable[[str], dict[str, Any]]
 Emulated = Callable[..., torch.Tensor]
+Left = Callable[..., float]
 
 KINDS = ["dense", "moe"]
 SCHEMES = ["W4A16", "W4A4"]
@@ -66,35 +70,36 @@ PARTS = {"dense": [*ATTENTION, "mlp.gate_up_proj", "mlp.down_proj"], "moe": [*AT
 LAYERS = [f"model.layers.{n}" for n in range(0, 30, 6)]
 CAPTURED = [f"{layer}.{part}" for layer in LAYERS for part in {*PARTS["dense"], *PARTS["moe"]}]
 CONFIGS = ["vllm-throughput", "vllm-latency", "vllm-small", "vllm-w4a16"]
-MODEL_LENGTH = 1024
-DENSE = {**SMALL_DENSE, "max_position_embeddings": MODEL_LENGTH}
-LARGE = {
-    **DENSE,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-}
-RANDOM = {
-    "small dense": DENSE,
-    "small moe": DENSE | {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "large dense": LARGE,
-    "large moe": LARGE | {"intermediate_size": 2048, "num_local_experts": 8, "num_experts_per_tok": 2},
-}
 
 STREAMS, LENGTH = 32, 64
 FEW, MANY = 16, 512
 """Tokens to generate."""
+# While it captures a graph, vLLM attends from as many places of one sequence as the graph has rows: memory must be
+# there for them.
+MODEL_LENGTH = STREAMS * LENGTH
 RANK = 8
-LIMIT = 300
-"""Seconds for a run."""
+PATIENCE = 20
+"""Seconds for runs to end themselves, once none are left."""
+
+DENSE = {**SMALL_DENSE, "max_position_embeddings": MODEL_LENGTH}
+LARGE = DENSE | {"num_attention_heads": 32, "head_dim": 128}
+RANDOM = {
+    "small dense": DENSE,
+    "small moe": DENSE | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    # Layers of Llama 3 8B, and of Qwen3 30B-A3B as a Mixtral.
+    "large dense": LARGE
+    | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 4, "num_key_value_heads": 8},
+    "large moe": LARGE
+    | {"hidden_size": 2048, "intermediate_size": 768, "num_local_experts": 128, "num_experts_per_tok": 8}
+    | {"num_hidden_layers": 2, "num_key_value_heads": 4},
+}
+WHOLE = {"large dense": (32, 15), "large moe": (48, 45)}
+"""Layers of the whole model, and the seconds that loading it may take."""
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 OURS = {"quantization": "nvfp4_4over6"}
 # Engines that start together would each take the others' memory for its own: theirs is stated, not measured.
-SHARE = {"gpu_memory_utilization": 0.02, "kv_cache_memory_bytes": 4 << 30}
+SHARE = {"gpu_memory_utilization": 0.02, "kv_cache_memory_bytes": 1 << 30}
 # The prompts are one step, and the streams are one: no graph is filled up with rows, whose number orders sums.
 SIZES = {"cudagraph_capture_sizes": [STREAMS, STREAMS * LENGTH]}
 GRAPHS = {
@@ -104,7 +109,8 @@ GRAPHS = {
     # Traced, not fused: graphs between attention, of the kernels that an eager run calls.
     "pieces": SIZES | {"mode": 3, "backend": "eager", "cudagraph_mode": "PIECEWISE"},
 }
-TWO = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+# By NCCL alone: vLLM's own sums over ranks need more of a machine.
+TWO = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "disable_custom_all_reduce": True}
 # vLLM asserts that sleeping freed memory of the GPU: more than others may take meanwhile.
 SLEEPY = {"enable_sleep_mode": True, "kv_cache_memory_bytes": 8 << 30}
 # Without names, lm_head could be adapted too, and prompts' logprobs would come through that.
@@ -128,8 +134,6 @@ def with_graphs(make: Make, way: str, tokens: int = FEW) -> dict[str, Job]:
 
 WAYS: dict[str, Callable[[Make], dict[str, Job]]] = {
     "compiled": lambda make: with_graphs(make, "compiled", MANY),
-    "pieces": lambda make: with_graphs(make, "pieces"),
-    "whole": lambda make: with_graphs(make, "whole"),
     "W4A16": lambda make: {
         "BF16": job(make("bf16")),
         "dequantized": job(make("dequantized")),
@@ -144,11 +148,13 @@ WAYS: dict[str, Callable[[Make], dict[str, Job]]] = {
         "compressed-tensors": job(make("w4a16 as compressed-tensors"), OURS | options("nvfp4_4over6")),
         "static": job(make("calibrated"), OURS | options("nvfp4_static"), capture=CAPTURED),
     },
+    "whole": lambda make: with_graphs(make, "whole"),
     # Graphs read the weights from where they were.
     "stored, again": lambda make: {"": job(make("w4a16"), graphs("whole") | SLEEPY, **AGAIN)},
     "online, again": lambda make: {"": job(make("bf16"), OURS | SLEEPY, **AGAIN)},
     "online": lambda make: {"": job(make("bf16"), options("w4a16"))},
     "adapted": lambda make: {"": job(make("w4a16"), LORA, adapter=make("adapter"))},
+    "pieces": lambda make: with_graphs(make, "pieces"),
     "one": lambda make: {"BF16": job(make("bf16")), "W4A16": job(make("w4a16"))},
     "two BF16": lambda make: {"": job(make("bf16"), TWO)},
     "two online W4A16": lambda make: {"": job(make("bf16"), options("w4a16") | TWO)},
@@ -157,7 +163,9 @@ WAYS: dict[str, Callable[[Make], dict[str, Job]]] = {
     "two stored W4A4": lambda make: {"": job(make("w4a4"), TWO)},
     "two with half of the experts": lambda make: {"": job(make("w4a16"), TWO | {"enable_expert_parallel": True})},
 }
-"""Jobs by the way a model is served, in the order in which they start: what takes longest first."""
+"""Jobs by the way a model is served."""
+ORDER = ["compiled", *CONFIGS, *WAYS]
+"""In which runs start: what takes longest first, then what says most."""
 
 
 def done(path: Path) -> Future[Path]:
@@ -174,9 +182,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     def quantize(source: Path, target: Path, recipe: str, form: str) -> Path:
         command = [sys.executable, "-m", "fouroversix_plugin.cli", "quantize", str(source), str(target)]
         # In a process: threads of this one would wait for each other.
-        subprocess.run(
-            [*command, "--recipe", recipe, "--format", form], check=True, timeout=LIMIT, stdout=subprocess.DEVNULL
-        )
+        subprocess.run([*command, "--recipe", recipe, "--format", form], check=True, stdout=subprocess.DEVNULL)
         return target
 
     with ThreadPoolExecutor() as pool:
@@ -222,10 +228,18 @@ def prompts(checkpoint: Checkpoint) -> Callable[[str], list[list[int]]]:
 
 
 @pytest.fixture(scope="module")
+def left(request: pytest.FixtureRequest) -> Left:
+    """Seconds that are left of those for all runs, and of some more."""
+    deadline = time.monotonic() + float(request.config.getoption("--seconds"))
+    return lambda more=0: max(0.1, deadline + more - time.monotonic())
+
+
+@pytest.fixture(scope="module")
 def runs(
     request: pytest.FixtureRequest,
     checkpoint: Checkpoint,
     prompts: Callable[[str], list[list[int]]],
+    left: Left,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Runs]:
     """Results by the name of a run: the kind of model and the way it is served."""
@@ -235,13 +249,13 @@ def runs(
         place = folder / f"{kind} {way}"
         place.mkdir()
         if way in CONFIGS:
-            return pool.submit(chat, way, checkpoint(kind, "bf16").result(), place / "server.log")
+            return pool.submit(chat, way, checkpoint(kind, "bf16").result(), place / "server.log", left)
         jobs, asked = WAYS[way](functools.partial(checkpoint, kind)), prompts(kind)
 
         def run() -> dict[str, Any]:
             for described in jobs.values():
                 described |= {key: str(value.result()) for key, value in described.items() if isinstance(value, Future)}
-            return run_engine(place, jobs, asked, limit=LIMIT)
+            return run_engine(place, jobs, asked, limit=left())
 
         return pool.submit(run)
 
@@ -252,15 +266,18 @@ def runs(
         for mark in item.iter_markers("engine")
         for name in mark.args
     }
-    order = [*CONFIGS, *WAYS]
-    names = sorted((name.split(": ") for name in wanted), key=lambda name: (order.index(name[1]), name[0]))
+    names = sorted((name.split(": ") for name in wanted), key=lambda name: (ORDER.index(name[1]), name[0]))
+
+    def ask(name: str) -> dict[str, Any]:
+        return started[name].result(left(PATIENCE)) | {"folder": folder / name.replace(":", "")}
+
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) * 3 // 4)) as pool:
         started: dict[str, Future[dict[str, Any]]] = {}
         try:
             for kind, way in names:
                 if "two" not in way or torch.cuda.device_count() > 1:
                     started[f"{kind}: {way}"] = start(kind, way)
-            yield lambda name: started[name].result() | {"folder": folder / name.replace(":", "")}
+            yield ask
         finally:
             for future in started.values():
                 future.cancel()
@@ -269,7 +286,7 @@ def runs(
                     process.kill()
 
 
-def chat(config: str, model: Path, log: Path) -> dict[str, Any]:
+def chat(config: str, model: Path, log: Path, left: Left) -> dict[str, Any]:
     """What a server with a file of configs/serve says."""
     file = ROOT / "configs" / "serve" / f"{config}.yaml"
     share = [f"--{name.replace('_', '-')}={value}" for name, value in SHARE.items()]
@@ -279,7 +296,11 @@ def chat(config: str, model: Path, log: Path) -> dict[str, Any]:
     body = {"model": str(model), "messages": [question], "temperature": 0, "max_tokens": 16}
 
     async def ask() -> dict[str, Any]:
-        async with serving(shlex.join(command), log, LIMIT) as server, Client(server.base_url) as client:
+        async with (
+            serving(shlex.join(command), log, left()) as server,
+            Client(server.base_url, check_alive=server.check_alive) as client,
+            asyncio.timeout(left()),
+        ):
             return await client.post("chat/completions", body)
 
     reply = asyncio.run(ask())
@@ -290,25 +311,26 @@ def chat(config: str, model: Path, log: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def emulated(checkpoint: Checkpoint, prompts: Callable[[str], list[list[int]]]) -> Iterator[Emulated]:
+def emulated(checkpoint: Checkpoint, prompts: Callable[[str], list[list[int]]], left: Left) -> Iterator[Emulated]:
     """What the CPU path says of a model, with all that is not quantized in fp32 or in BF16."""
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"))
 
-        @functools.cache
-        def start(kind: str) -> dict[tuple[str, torch.dtype], Future[torch.Tensor]]:
-            return {
-                (scheme, dtype): pool.submit(
-                    emulated_logprobs,
-                    *(checkpoint(kind, form).result() for form in ("bf16", scheme.lower())),
-                    prompts(kind),
-                    fos.Recipe() if scheme == "W4A4" else None,
-                    dtype,
-                )
-                for scheme, dtype in itertools.product(SCHEMES, (torch.float32, torch.bfloat16))
-                if (scheme, dtype) != ("W4A16", torch.bfloat16)
-            }
+    @functools.cache
+    def start(kind: str) -> dict[tuple[str, torch.dtype], Future[torch.Tensor]]:
+        return {
+            (scheme, dtype): pool.submit(
+                emulated_logprobs,
+                *(checkpoint(kind, form).result() for form in ("bf16", scheme.lower())),
+                prompts(kind),
+                fos.Recipe() if scheme == "W4A4" else None,
+                dtype,
+            )
+            for scheme, dtype in itertools.product(SCHEMES, (torch.float32, torch.bfloat16))
+            if (scheme, dtype) != ("W4A16", torch.bfloat16)
+        }
 
-        yield lambda kind, scheme, dtype=torch.float32: start(kind)[scheme, dtype].result()
+    yield lambda kind, scheme, dtype=torch.float32: start(kind)[scheme, dtype].result(left(PATIENCE))
+    pool.shutdown(wait=False, cancel_futures=True)
 
 
 def rounding(emulated: Emulated, kind: str) -> float:
@@ -347,8 +369,8 @@ def test_w4a4_is_further_from_the_cpu_path_than_rounding(runs: Runs, emulated: E
         f"in the mean {off:.4f} ± {error:.4f}, W4A16 {far_off:.4f} ± {far_error:.4f}"
     )
     assert distance(ours, one) < 1.3 * limit
-    assert abs(off) < 4 * error
-    assert abs(far_off) > 4 * far_error, "the bound above means nothing if full-precision activations would pass it"
+    assert abs(off) < 3 * error
+    assert abs(far_off) > 3 * far_error, "the bound above means nothing if full-precision activations would pass it"
 
 
 def off_in_mean(logprobs: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
@@ -436,7 +458,7 @@ def test_graphs_move_answers_more_than_those_of_bf16(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_long_generation_ends_in_nan(runs: Runs, kind: str, scheme: str) -> None:
-    generated = torch.tensor(runs(f"{kind}: compiled")[scheme]["generated"])
+    generated = torch.tensor(answered(runs(f"{kind}: compiled")[scheme])["generated"])
     print(f"{kind} {scheme}: logprobs of {tuple(generated.shape)} tokens from {generated.min():.2f}")
     assert generated.shape == (STREAMS, MANY)
     assert generated.isfinite().all()
@@ -476,13 +498,13 @@ def test_an_adapter_for_experts_is_served(runs: Runs) -> None:
 
 
 @pytest.mark.engine("{kind}: online")
-@pytest.mark.parametrize("kind", ["large dense", "large moe"])
+@pytest.mark.parametrize("kind", WHOLE)
 def test_quantizing_while_loading_takes_more_than_a_layer_and_a_half(
     runs: Runs, checkpoint: Checkpoint, kind: str
 ) -> None:
     with safe_open(checkpoint(kind, "bf16").result() / "model.safetensors", "pt") as file:
         shapes = [file.get_slice(name).get_shape() for name in file.keys() if ".layers.0." in name]  # noqa: SIM118
-    layer, memory = 2 * sum(map(math.prod, shapes)), runs(f"{kind}: online")[""]["memory"]
+    layer, memory = 2 * sum(map(math.prod, shapes)), answered(runs(f"{kind}: online")[""])["memory"]
     above = (memory["peak"] - memory["weights"]) / layer
     mib = {name: size / 2**20 for name, size in {**memory, "layer": layer}.items()}
     print(
@@ -490,6 +512,19 @@ def test_quantizing_while_loading_takes_more_than_a_layer_and_a_half(
         f"{mib['layer']:.0f} MiB more"
     )
     assert above <= 1.5
+
+
+@pytest.mark.engine("{kind}: online")
+@pytest.mark.parametrize("kind", WHOLE)
+def test_quantizing_while_loading_takes_long(runs: Runs, kind: str) -> None:
+    """By the time of the loading thread, reading included: the machine is busy with other runs."""
+    arrived, layers = answered(runs(f"{kind}: online")[""])["arrived"], RANDOM[kind]["num_hidden_layers"]
+    # The first layer loads kernels, too.
+    first = len(arrived) // layers - 1
+    seconds = (arrived[-1] - arrived[first]) / (layers - 1)
+    whole, limit = WHOLE[kind]
+    print(f"{kind}: {seconds:.2f} s a layer, {whole * seconds:.1f} s for {whole} (limit {limit} s)")
+    assert whole * seconds <= limit
 
 
 # --- servers ---

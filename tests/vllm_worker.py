@@ -6,15 +6,17 @@ log-probabilities of the documents to keep, "fp4_units": whether linear weights 
 whether all weights are forgotten and loaded again in the end, "sleep": whether the engine then sleeps at both levels,
 "adapter": folder of a LoRA adapter}}}. OUT gets {name: {"logprobs", "tokens" and "generated" (their logprobs): one list
 a prompt, "adapted", "forgotten", "reloaded", "woken" and "refilled": logprobs, "log": our log lines, "most_held":
-full-precision layers held at once, "memory" (on a GPU): bytes of the "weights" and at the "peak" of loading them} or
-{"error": text}}; captured layers' first inputs and outputs go to NAME.safetensors beside it, the documents' scores to
-NAME.scores.safetensors.
+full-precision layers held at once, "arrived": when each was whole (seconds of the thread that loads), "memory" (on a
+GPU): bytes of the "weights" and at the "peak" of loading them} or {"error": text}} after every job; captured layers'
+first inputs and outputs go to NAME.safetensors beside it, the documents' scores to NAME.scores.safetensors.
 """
 
 import json
 import logging
 import os
 import sys
+import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,15 +67,19 @@ class Watch:
         self.captured: dict[str, torch.Tensor] = {}
         self.layers: list[Any] = []
         self.most_held = 0
+        self.arrived: list[float] = []
         self.memory: dict[str, int] = {}
-        for method, name in ((linear._LinearMethod, "apply"), (moe._MoEMethod, "apply")):
-            setattr(method, name, self.capturing(getattr(method, name)))
+        self.originals = [(method, method.apply) for method in (linear._LinearMethod, moe._MoEMethod)]
         linear.OnlineLinearMethod._create = self.collecting(linear.OnlineLinearMethod._create)
         linear.OnlineLinearMethod._quantized = self.counting(linear.OnlineLinearMethod._quantized)
         BaseModelLoader.load_model = self.weighing(BaseModelLoader.load_model)
 
     def start(self, capture: list[str]) -> None:
         self.capture, self.captured, self.layers, self.most_held = capture, {}, [], 0
+        self.arrived, self.memory = [], {}
+        for method, original in self.originals:
+            # Only where it is wanted: compilers trace what stands here.
+            method.apply = self.capturing(original) if capture else original
 
     def capturing(self, original: Any) -> Any:
         def apply(method: Any, layer: Any, x: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
@@ -98,6 +104,7 @@ class Watch:
         def quantized(method: Any, layer: Any) -> Any:
             held = sum(not l.weight.is_meta and not getattr(l, linear.DONE, False) for l in self.layers)  # noqa: E741
             self.most_held = max(self.most_held, held)
+            self.arrived.append(time.thread_time())
             return original(method, layer)
 
         return quantized
@@ -153,7 +160,7 @@ def forget(model: torch.nn.Module) -> None:
         parameter.data.zero_()
 
 
-def ask(llm: LLM, job: dict[str, Any], prompt_ids: list[list[int]]) -> dict[str, Any]:
+def ask(llm: LLM, job: dict[str, Any], prompt_ids: list[list[int]], found: dict[str, Any]) -> None:
     parameters = SamplingParams(
         temperature=0, max_tokens=job.get("tokens", 1), ignore_eos=True, prompt_logprobs=0, logprobs=0, detokenize=False
     )
@@ -163,11 +170,8 @@ def ask(llm: LLM, job: dict[str, Any], prompt_ids: list[list[int]]) -> dict[str,
         return llm.generate(prompts, parameters, use_tqdm=False, **more)
 
     outputs = answer()
-    found = {
-        "logprobs": logprobs_of(outputs),
-        "tokens": [list(o.outputs[0].token_ids) for o in outputs],
-        "generated": generated_of(outputs),
-    }
+    found["logprobs"], found["generated"] = logprobs_of(outputs), generated_of(outputs)
+    found["tokens"] = [list(o.outputs[0].token_ids) for o in outputs]
     if "adapter" in job:
         found["adapted"] = logprobs_of(answer(lora_request=LoRARequest("adapter", 1, job["adapter"])))
     if job.get("reload", False):
@@ -185,7 +189,6 @@ def ask(llm: LLM, job: dict[str, Any], prompt_ids: list[list[int]]) -> dict[str,
         llm.collective_rpc("reload_weights")
         llm.wake_up(tags=["kv_cache"])
         found["refilled"] = logprobs_of(answer())
-    return found
 
 
 def run(job: dict[str, Any], request: dict[str, Any], watch: Watch, scores: Path) -> dict[str, Any]:
@@ -193,16 +196,20 @@ def run(job: dict[str, Any], request: dict[str, Any], watch: Watch, scores: Path
     logger = logging.getLogger("fouroversix_plugin")
     logger.addHandler(lines)
     watch.start(job.get("capture", []))
+    found: dict[str, Any] = {}
     try:
         llm = LLM(job["model"], **DEFAULTS | job.get("options", {}))
         watch.captured.clear()  # of the profiling run
-        found = ask(llm, job, request["prompts"])
+        ask(llm, job, request["prompts"], found)
         if "top" in job:
             documents = tuple(Document(tuple(ids), start) for ids, start in request["documents"])
             score_with_engine(llm, Request((), documents, job["top"], 0, None, 0), scores, {"source": job["model"]})
-        return {**found, "log": lines.lines, "most_held": watch.most_held, "memory": watch.memory}
+        seen = {"most_held": watch.most_held, "arrived": watch.arrived, "memory": watch.memory}
+        return {**found, **seen, "log": lines.lines}
     except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}"}
+        traceback.print_exc()
+        after = f" (after {', '.join(found)})" if found else ""
+        return {"error": f"{type(error).__name__}: {error}{after}"}
     finally:
         logger.removeHandler(lines)
         del llm
@@ -213,12 +220,16 @@ def main(request_file: Path, out: Path) -> None:
     request = json.loads(request_file.read_text())
     watch = Watch()
     results = {}
+    partial = out.with_name(f"{out.name}.partial")
     for name, job in request["jobs"].items():
+        started = time.monotonic()
         with fp4_units(job.get("fp4_units", False)):
             results[name] = run(job, request, watch, out.with_name(f"{name}.scores.safetensors"))
         if watch.captured:
             save_file(watch.captured, out.with_name(f"{name}.safetensors"))
-    out.write_text(json.dumps(results))
+        partial.write_text(json.dumps(results))
+        partial.replace(out)
+        print(f"job {name!r}: {time.monotonic() - started:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
