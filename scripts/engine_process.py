@@ -20,7 +20,7 @@ ELSEWHERE = "root cause"
 def plugin_environment(folder: Path) -> dict[str, str]:
     """Makes a checkout's plugin known to engines, which look for it among what is installed; empty if it is there."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    if any(point.name == "fouroversix" for group in GROUPS for point in metadata.entry_points(group=group)):
+    if all(any(point.name == "fouroversix" for point in metadata.entry_points(group=group)) for group in GROUPS):
         return {}
     described = folder / "installed" / f"fouroversix_plugin-{project['version']}.dist-info"
     described.mkdir(parents=True, exist_ok=True)

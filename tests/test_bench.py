@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -434,17 +435,29 @@ def test_every_point_is_timed_and_its_tokens_counted(tmp_path: Path, monkeypatch
         bench_serve.measure(job | {"streams": [5]})
 
 
-def test_a_checkout_that_is_not_installed_is_unknown_to_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_process.metadata, "entry_points", lambda group: ())
+@pytest.mark.parametrize("installed", [(), engine_process.GROUPS[:1]], ids=["not installed", "installed before SGLang"])
+@pytest.mark.parametrize("group", engine_process.GROUPS)
+def test_a_checkout_is_unknown_to_an_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: tuple[str, ...], group: str
+) -> None:
+    point = EntryPoint("fouroversix", "fouroversix_plugin.serving.vllm:register", "")
+    monkeypatch.setattr(engine_process.metadata, "entry_points", lambda group: [point] * (group in installed))
     environment = os.environ | engine_process.plugin_environment(tmp_path)
     program = (
         "import sys; from importlib.metadata import distributions\n"
         "(found,) = (d for d in distributions(path=sys.path[1:2]) if d.name == 'fouroversix-plugin')\n"
-        "(point,) = found.entry_points.select(group='vllm.general_plugins')\n"
+        f"(point,) = found.entry_points.select(group={group!r})\n"
         "print(point.load().__module__)"
     )
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
-    assert (done.stdout, done.returncode) == ("fouroversix_plugin.serving.vllm\n", 0), done.stderr
+    engine = group.partition(".")[0]
+    assert (done.stdout, done.returncode) == (f"fouroversix_plugin.serving.{engine}\n", 0), done.stderr
+
+
+def test_an_installed_plugin_is_made_known_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint("fouroversix", "fouroversix_plugin.serving.vllm:register", "")
+    monkeypatch.setattr(engine_process.metadata, "entry_points", lambda group: [point])
+    assert engine_process.plugin_environment(tmp_path) == {}
 
 
 # --- serving: verdicts -----------------------------------------------------------------------------------------------
