@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from conftest import ROOT
 from divergence_scores import Document
@@ -39,6 +40,8 @@ SMALL_DENSE = {name: value for name, value in SMALL.items() if "experts" not in 
 MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """What engines merge, by the names in checkpoints."""
 PLAIN = fos.Recipe(adaptive=False, scale_max=448)
+RECIPES = {"w4a16": "w4a16", "w4a4": "nvfp4_4over6"}
+"""Presets by the form of a checkpoint."""
 
 
 def options(recipe: str, **more: Any) -> dict[str, Any]:
@@ -76,6 +79,17 @@ def random_adapter(folder: Path, rank: int) -> Path:
     return folder
 
 
+def wanted(request: pytest.FixtureRequest) -> set[str]:
+    """The runs that the chosen tests of a file name in their `engine` marks."""
+    return {
+        name.format(**item.callspec.params if hasattr(item, "callspec") else {})
+        for item in request.session.items
+        if item.path == request.path
+        for mark in item.iter_markers("engine")
+        for name in mark.args
+    }
+
+
 def run_engine(
     folder: Path,
     jobs: dict[str, dict[str, Any]],
@@ -104,6 +118,13 @@ def run_engine(
     results: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
     unfinished = {"error": f"no result ({ended}): {log.read_text(errors='replace')[-3000:]}"}
     return dict.fromkeys(jobs, unfinished) | results
+
+
+def quantized_by_cli(source: Path, target: Path, recipe: str, form: str = "nvfp4_4over6") -> Path:
+    """In a process of its own: several checkpoints are made at once, and threads would wait for each other."""
+    command = [sys.executable, "-m", "fouroversix_plugin.cli", "quantize", str(source), str(target)]
+    subprocess.run([*command, "--recipe", recipe, "--format", form], check=True, stdout=subprocess.DEVNULL)
+    return target
 
 
 def dequantized(stored: Path, target: Path) -> Path:
@@ -155,6 +176,27 @@ def answered(result: dict[str, Any]) -> dict[str, Any]:
 
 def flat(result: dict[str, Any]) -> torch.Tensor:
     return torch.tensor([logprob for prompt in answered(result)["logprobs"] for logprob in prompt])
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().mean())
+
+
+def off_in_mean(logprobs: torch.Tensor, expected: torch.Tensor, prompts: int) -> tuple[float, float]:
+    """With its standard error over prompts: what is off at one place is off at others of its prompt."""
+    of_prompts = (logprobs - expected).view(prompts, -1).mean(1)
+    return float(of_prompts.mean()), float(of_prompts.std()) / prompts**0.5
+
+
+def moved(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, int]:
+    """Distance of two runs' logprobs, those of generated tokens as long as these agree; how many tokens that is."""
+    apart, agreeing = [(flat(one) - flat(other)).abs()], 0
+    for i in range(len(one["tokens"])):
+        pairs = list(zip(one["tokens"][i], other["tokens"][i], strict=False))
+        same = next((at for at, (a, b) in enumerate(pairs) if a != b), len(pairs))
+        apart.append((torch.tensor(one["generated"][i][:same]) - torch.tensor(other["generated"][i][:same])).abs())
+        agreeing += same
+    return float(torch.cat(apart).mean()), agreeing
 
 
 def stored(tensors: Mapping[str, torch.Tensor], module: str) -> fos.NVFP4Tensor:

@@ -12,7 +12,6 @@ import math
 import multiprocessing
 import os
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,19 +25,25 @@ import torch
 from conftest import ROOT, assert_close, calc_diff
 from engines import (
     PLAIN,
+    RECIPES,
     SMALL_DENSE,
     answered,
     calibrated,
     dequantized,
+    distance,
     emulated_logprobs,
     flat,
+    moved,
+    off_in_mean,
     options,
+    quantized_by_cli,
     random_adapter,
     random_model,
     reference_experts,
     reference_linear,
     run_engine,
     static_amax,
+    wanted,
 )
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -179,12 +184,6 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     """The folder of a model's kind in a form, which is made in the background once it is asked for."""
     folder = tmp_path_factory.mktemp("checkpoints")
 
-    def quantize(source: Path, target: Path, recipe: str, form: str) -> Path:
-        command = [sys.executable, "-m", "fouroversix_plugin.cli", "quantize", str(source), str(target)]
-        # In a process: threads of this one would wait for each other.
-        subprocess.run([*command, "--recipe", recipe, "--format", form], check=True, stdout=subprocess.DEVNULL)
-        return target
-
     with ThreadPoolExecutor() as pool:
 
         @functools.cache
@@ -203,8 +202,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
             if form == "calibrated":
                 return pool.submit(calibrated, source, target)
             scheme, _, spelled = form.partition(" as ")
-            recipe = {"w4a16": "w4a16", "w4a4": "nvfp4_4over6"}[scheme]
-            return pool.submit(quantize, source, target, recipe, spelled or "nvfp4_4over6")
+            return pool.submit(quantized_by_cli, source, target, RECIPES[scheme], spelled or "nvfp4_4over6")
 
         yield ask
 
@@ -259,14 +257,7 @@ def runs(
 
         return pool.submit(run)
 
-    wanted = {
-        name.format(**item.callspec.params if hasattr(item, "callspec") else {})
-        for item in request.session.items
-        if item.path == request.path
-        for mark in item.iter_markers("engine")
-        for name in mark.args
-    }
-    names = sorted((name.split(": ") for name in wanted), key=lambda name: (ORDER.index(name[1]), name[0]))
+    names = sorted((name.split(": ") for name in wanted(request)), key=lambda name: (ORDER.index(name[1]), name[0]))
 
     def ask(name: str) -> dict[str, Any]:
         return started[name].result(left(PATIENCE)) | {"folder": folder / name.replace(":", "")}
@@ -340,10 +331,6 @@ def rounding(emulated: Emulated, kind: str) -> float:
     return distance(emulated(kind, "W4A4", torch.bfloat16), emulated(kind, "W4A4"))
 
 
-def distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one - other).abs().mean())
-
-
 @pytest.mark.engine("{kind}: W4A16")
 @pytest.mark.parametrize("kind", KINDS)
 def test_w4a16_is_further_from_the_cpu_path_than_bf16_rounding(runs: Runs, emulated: Emulated, kind: str) -> None:
@@ -365,7 +352,7 @@ def test_w4a4_is_further_from_the_cpu_path_than_rounding(runs: Runs, emulated: E
     one, other = emulated(kind, "W4A4"), emulated(kind, "W4A4", torch.bfloat16)
     ours, far = (flat(runs(f"{kind}: {scheme}")["stored"]) for scheme in ("W4A4", "W4A16"))
     limit = rounding(emulated, kind)
-    (off, error), (far_off, far_error) = (off_in_mean(logprobs, (one + other) / 2) for logprobs in (ours, far))
+    (off, error), (far_off, far_error) = (off_in_mean(logprobs, (one + other) / 2, STREAMS) for logprobs in (ours, far))
     print(
         f"{kind} W4A4: {distance(ours, one):.4f} from the CPU path in fp32, which BF16 moves by {limit:.4f}; "
         f"in the mean {off:.4f} ± {error:.4f}, W4A16 {far_off:.4f} ± {far_error:.4f}"
@@ -373,12 +360,6 @@ def test_w4a4_is_further_from_the_cpu_path_than_rounding(runs: Runs, emulated: E
     assert distance(ours, one) < 1.3 * limit
     assert abs(off) < 3 * error
     assert abs(far_off) > 3 * far_error, "the bound above means nothing if full-precision activations would pass it"
-
-
-def off_in_mean(logprobs: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
-    """With its standard error over prompts: what is off at one place is off at others of its prompt."""
-    of_prompts = (logprobs - expected).view(STREAMS, -1).mean(1)
-    return float(of_prompts.mean()), float(of_prompts.std()) / STREAMS**0.5
 
 
 @pytest.mark.engine("{kind}: W4A4")
@@ -426,17 +407,6 @@ def test_the_same_weights_answer_otherwise(runs: Runs, kind: str, scheme: str, w
 
 def eager(runs: Runs, kind: str, scheme: str) -> dict[str, Any]:
     return runs(f"{kind}: W4A16")["BF16"] if scheme == "BF16" else runs(f"{kind}: {scheme}")["stored"]
-
-
-def moved(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, int]:
-    """Distance of two runs' logprobs, those of generated tokens as long as these agree; how many tokens that is."""
-    apart, agreeing = [(flat(one) - flat(other)).abs()], 0
-    for i in range(STREAMS):
-        pairs = list(zip(one["tokens"][i], other["tokens"][i], strict=False))
-        same = next((at for at, (a, b) in enumerate(pairs) if a != b), len(pairs))
-        apart.append((torch.tensor(one["generated"][i][:same]) - torch.tensor(other["generated"][i][:same])).abs())
-        agreeing += same
-    return float(torch.cat(apart).mean()), agreeing
 
 
 @pytest.mark.engine("{kind}: {way}", "{kind}: W4A16", "{kind}: W4A4")
