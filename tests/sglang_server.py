@@ -3,30 +3,37 @@
 import asyncio
 import json
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from server_process import ServerProcess
 
 
-def ask_server(command: str, log: Path, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
-    """Logprobs of the prompts, and the ``tokens`` that follow each of them; and the server's log."""
+def ask_server(
+    command: str, log: Path, prompts: list[list[int]], tokens: int, left: Callable[[], float] = lambda: 400
+) -> dict[str, Any]:
+    """Logprobs of the prompts; the ``tokens`` that follow each, and theirs as "generated"; and the server's log.
+
+    ``left`` says how many seconds there are until it must be ready, and for each answer.
+    """
     server = ServerProcess(command, log)
     try:
         server.start()
-        asyncio.run(server.wait_until_ready(400))
+        asyncio.run(server.wait_until_ready(left()))
         url = server.base_url.removesuffix("/v1")
-        answers = [_ask(url, prompt, tokens) for prompt in prompts]
+        answers = [_ask(url, prompt, tokens, left()) for prompt in prompts]
     finally:
         server.stop()
     return {
         "logprobs": [[at[0] for at in answer["meta_info"]["input_token_logprobs"][1:]] for answer in answers],
         "tokens": [answer["output_ids"] for answer in answers],
+        "generated": [[at[0] for at in answer["meta_info"]["output_token_logprobs"]] for answer in answers],
         "log": log.read_text(),
     }
 
 
-def _ask(url: str, prompt: list[int], tokens: int) -> dict[str, Any]:
+def _ask(url: str, prompt: list[int], tokens: int, seconds: float) -> dict[str, Any]:
     body = {
         "input_ids": prompt,
         "sampling_params": {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True},
@@ -34,6 +41,6 @@ def _ask(url: str, prompt: list[int], tokens: int) -> dict[str, Any]:
         "logprob_start_len": 0,
     }
     request = urllib.request.Request(f"{url}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=300) as answer:
+    with urllib.request.urlopen(request, timeout=seconds) as answer:
         content: dict[str, Any] = json.load(answer)
     return content
