@@ -20,6 +20,8 @@ from fouroversix_plugin.recipe import ErrorDomain, Metric, Recipe, ScaleMax
 # operation, and a test of a millisecond takes a second.
 torch.set_num_threads(1)
 
+pytest.register_assert_rewrite("engines")
+
 # The same examples in every run, so that a red test means a change of the code; no deadline, for the reason above.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")

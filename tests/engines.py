@@ -1,12 +1,16 @@
 """What the tests of engines share: small models, runs in a process of its own, and what their results are held to."""
 
+import asyncio
 import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, Future
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,8 @@ from conftest import ROOT
 from divergence_scores import Document
 from engine_process import end_group
 from safetensors.torch import load_file, save_file
+from server_client import Client
+from server_process import serving
 
 import fouroversix_plugin as fos
 from fouroversix_plugin import reference
@@ -42,6 +48,10 @@ MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_pro
 PLAIN = fos.Recipe(adaptive=False, scale_max=448)
 RECIPES = {"w4a16": "w4a16", "w4a4": "nvfp4_4over6"}
 """Presets by the form of a checkpoint."""
+SCHEMES = ["W4A16", "W4A4"]
+
+Left = Callable[..., float]
+"""Seconds that are left of those for all runs, and the ``more`` that are asked for."""
 
 
 def options(recipe: str, **more: Any) -> dict[str, Any]:
@@ -88,6 +98,53 @@ def wanted(request: pytest.FixtureRequest) -> set[str]:
         for mark in item.iter_markers("engine")
         for name in mark.args
     }
+
+
+def seconds_left(config: pytest.Config) -> Left:
+    """Of those for all runs, from now on."""
+    deadline = time.monotonic() + float(config.getoption("--seconds"))
+    return lambda more=0: max(0.1, deadline + more - time.monotonic())
+
+
+def prompts_of(source: Path | None, count: int, length: int) -> list[list[int]]:
+    """English for a model that knows it, else anything."""
+    if source is None:
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(SMALL["vocab_size"], (count * length,), generator=generator)
+    else:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        ids = torch.tensor(tokenizer((ROOT / "LICENSE").read_text())["input_ids"][: count * length])
+    return ids.view(count, length).tolist()
+
+
+def chat_once(command: str, model: str, log: Path, left: Left) -> dict[str, Any]:
+    """What a server says of France, and its log."""
+    question = {"role": "user", "content": "What is the capital of France?"}
+    body = {"model": model, "messages": [question], "temperature": 0, "max_tokens": 16}
+
+    async def ask() -> dict[str, Any]:
+        async with (
+            serving(command, log, left()) as server,
+            Client(server.base_url, check_alive=server.check_alive) as client,
+            asyncio.timeout(left()),
+        ):
+            return await client.post("chat/completions", body)
+
+    reply = asyncio.run(ask())
+    return {"text": reply["choices"][0]["message"]["content"], "log": log.read_text()}
+
+
+def kill_children() -> None:
+    """All processes that tests have started and that still run."""
+    import psutil
+
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            # Python's own, which ends with us, complains of what others then do not find.
+            if "resource_tracker" not in " ".join(process.cmdline()):
+                process.kill()
 
 
 def run_engine(
@@ -182,6 +239,26 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).abs().mean())
 
 
+def start_emulations(
+    pool: Executor, forms: Mapping[str, Path], prompts: list[list[int]]
+) -> dict[tuple[str, torch.dtype], Future[torch.Tensor]]:
+    """:func:`emulated_logprobs` by scheme, with all that is not quantized in fp32 or, for W4A4, in BF16. ``forms``: a
+    model and its checkpoints.
+    """
+    return {
+        (scheme, dtype): pool.submit(
+            emulated_logprobs,
+            forms["bf16"],
+            forms[scheme.lower()],
+            prompts,
+            fos.Recipe() if scheme == "W4A4" else None,
+            dtype,
+        )
+        for scheme, dtype in itertools.product(SCHEMES, (torch.float32, torch.bfloat16))
+        if (scheme, dtype) != ("W4A16", torch.bfloat16)
+    }
+
+
 def off_in_mean(logprobs: torch.Tensor, expected: torch.Tensor, prompts: int) -> tuple[float, float]:
     """With its standard error over prompts: what is off at one place is off at others of its prompt."""
     of_prompts = (logprobs - expected).view(prompts, -1).mean(1)
@@ -197,6 +274,36 @@ def moved(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, int]:
         apart.append((torch.tensor(one["generated"][i][:same]) - torch.tensor(other["generated"][i][:same])).abs())
         agreeing += same
     return float(torch.cat(apart).mean()), agreeing
+
+
+def assert_w4a16(
+    kind: str, served: torch.Tensor, dequantized: torch.Tensor, full: torch.Tensor, exact: torch.Tensor
+) -> None:
+    """As near to what the CPU path says in fp32 as the dequantized weights in the engine's own BF16 are."""
+    ours, stock, far = (distance(logprobs, exact) for logprobs in (served, dequantized, full))
+    apart = distance(served, dequantized)
+    print(
+        f"{kind} W4A16: {ours:.4f} from the CPU path in fp32, dequantized weights in stock BF16 {stock:.4f}; "
+        f"{apart:.4f} from each other; quantization moves {far:.4f}"
+    )
+    assert ours < 1.6 * stock
+    assert far > 3 * stock, "the bound above means nothing if other weights would pass it"
+
+
+def assert_w4a4(
+    kind: str, served: torch.Tensor, w4a16: torch.Tensor, one: torch.Tensor, other: torch.Tensor, prompts: int
+) -> None:
+    """Against the CPU path in fp32 (``one``) and in BF16. Rounding moves SmolLM2's logprobs as far as W4A4 itself does,
+    as codes flip and each flip moves others, but up as often as down: the mean stays."""
+    limit = distance(other, one)
+    (off, error), (far, far_error) = (off_in_mean(found, (one + other) / 2, prompts) for found in (served, w4a16))
+    print(
+        f"{kind} W4A4: {distance(served, one):.4f} from the CPU path in fp32, which BF16 moves by {limit:.4f}; "
+        f"in the mean {off:.4f} ± {error:.4f}, W4A16 {far:.4f} ± {far_error:.4f}"
+    )
+    assert distance(served, one) < 1.3 * limit
+    assert abs(off) < 3 * error
+    assert abs(far) > 3 * far_error, "the bound above means nothing if full-precision activations would pass it"
 
 
 def stored(tensors: Mapping[str, torch.Tensor], module: str) -> fos.NVFP4Tensor:

@@ -5,7 +5,6 @@ there are cores: a start takes a minute or more, and -k chooses. What has not an
 else is judged.
 """
 
-import asyncio
 import functools
 import itertools
 import json
@@ -14,10 +13,8 @@ import os
 import re
 import shlex
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +24,29 @@ from conftest import ROOT
 from engine_process import plugin_environment
 from engines import (
     RECIPES,
+    SCHEMES,
     SMALL,
+    Left,
+    assert_w4a4,
+    assert_w4a16,
+    chat_once,
     dequantized,
     distance,
-    emulated_logprobs,
     flat,
+    kill_children,
     moved,
-    off_in_mean,
     options,
+    prompts_of,
     quantized_by_cli,
     random_model,
+    seconds_left,
+    start_emulations,
     wanted,
 )
-from server_client import Client
-from server_process import serving
 from sglang_server import ask_server
 
-import fouroversix_plugin as fos
-
 pytest.importorskip("sglang", reason="SGLang is not installed")
-psutil = pytest.importorskip("psutil", reason="SGLang brings it")
+pytest.importorskip("psutil", reason="SGLang brings it")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.engine,
@@ -56,10 +56,8 @@ pytestmark = [
 Checkpoint = Callable[[str, str], Future[Path]]
 Runs = Callable[[str], dict[str, Any]]
 Emulated = Callable[..., torch.Tensor]
-Left = Callable[..., float]
 
 KINDS = ["dense", "moe"]
-SCHEMES = ["W4A16", "W4A4"]
 STREAMS, LENGTH = 32, 64
 TOKENS = 16
 PATIENCE = 20
@@ -130,28 +128,17 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def prompts(checkpoint: Checkpoint) -> Callable[[str], list[list[int]]]:
-    """English for a model that knows it, else anything."""
-
     @functools.cache
     def ask(kind: str) -> list[list[int]]:
-        if kind not in KINDS:
-            generator = torch.Generator().manual_seed(0)
-            ids = torch.randint(SMALL["vocab_size"], (STREAMS * LENGTH,), generator=generator)
-        else:
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint(kind, "bf16").result())
-            ids = torch.tensor(tokenizer((ROOT / "LICENSE").read_text())["input_ids"][: STREAMS * LENGTH])
-        return ids.view(STREAMS, LENGTH).tolist()
+        source = checkpoint(kind, "bf16").result() if kind in KINDS else None
+        return prompts_of(source, STREAMS, LENGTH)
 
     return ask
 
 
 @pytest.fixture(scope="module")
 def left(request: pytest.FixtureRequest) -> Left:
-    """Seconds that are left of those for all servers, and of some more."""
-    deadline = time.monotonic() + float(request.config.getoption("--seconds"))
-    return lambda more=0: max(0.1, deadline + more - time.monotonic())
+    return seconds_left(request.config)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +166,7 @@ def runs(
             return shlex.join([*serve, "--model-path", str(model.result()), *flags, *more])
 
         if way == COMMAND:
-            return pool.submit(lambda: chat(command(), log, left))
+            return pool.submit(lambda: chat_once(command(), "default", log, left))
         asked = prompts(kind)
         return pool.submit(lambda: ask_server(command(*BARE), log, asked, TOKENS, left))
 
@@ -195,27 +182,7 @@ def runs(
         finally:
             for future in started.values():
                 future.cancel()
-            for process in psutil.Process().children(recursive=True):
-                with suppress(psutil.NoSuchProcess):
-                    # Python's own, which ends with us, complains of what others then do not find.
-                    if "resource_tracker" not in " ".join(process.cmdline()):
-                        process.kill()
-
-
-def chat(command: str, log: Path, left: Left) -> dict[str, Any]:
-    question = {"role": "user", "content": "What is the capital of France?"}
-    body = {"model": "default", "messages": [question], "temperature": 0, "max_tokens": 16}
-
-    async def ask() -> dict[str, Any]:
-        async with (
-            serving(command, log, left()) as server,
-            Client(server.base_url, check_alive=server.check_alive) as client,
-            asyncio.timeout(left()),
-        ):
-            return await client.post("chat/completions", body)
-
-    reply = asyncio.run(ask())
-    return {"text": reply["choices"][0]["message"]["content"], "log": log.read_text()}
+            kill_children()
 
 
 # --- what is served ---
@@ -230,17 +197,8 @@ def emulated(
 
     @functools.cache
     def start(kind: str) -> dict[tuple[str, torch.dtype], Future[torch.Tensor]]:
-        return {
-            (scheme, dtype): pool.submit(
-                emulated_logprobs,
-                *(checkpoint(kind, form).result() for form in ("bf16", scheme.lower())),
-                prompts(kind),
-                fos.Recipe() if scheme == "W4A4" else None,
-                dtype,
-            )
-            for scheme, dtype in itertools.product(SCHEMES, (torch.float32, torch.bfloat16))
-            if (scheme, dtype) != ("W4A16", torch.bfloat16)
-        }
+        forms = {form: checkpoint(kind, form).result() for form in ("bf16", "w4a16", "w4a4")}
+        return start_emulations(pool, forms, prompts(kind))
 
     for kind in KINDS:
         if any(name.startswith(f"{kind}: ") for name in wanted(request)):
@@ -252,33 +210,16 @@ def emulated(
 @pytest.mark.engine("{kind}: W4A16 graphs", "{kind}: dequantized", "{kind}: BF16")
 @pytest.mark.parametrize("kind", KINDS)
 def test_w4a16_is_further_from_the_cpu_path_than_bf16_rounding(runs: Runs, emulated: Emulated, kind: str) -> None:
-    served = {way: flat(runs(f"{kind}: {way}")) for way in ("W4A16 graphs", "dequantized", "BF16")}
-    exact = emulated(kind, "W4A16")
-    ours, stock, far = (distance(logprobs, exact) for logprobs in served.values())
-    apart = distance(served["W4A16 graphs"], served["dequantized"])
-    print(
-        f"{kind} W4A16: {ours:.4f} from the CPU path in fp32, dequantized weights in stock BF16 {stock:.4f}; "
-        f"{apart:.4f} from each other; quantization moves {far:.4f}"
-    )
-    assert ours < 1.6 * stock
-    assert far > 3 * stock, "the bound above means nothing if other weights would pass it"
+    served = (flat(runs(f"{kind}: {way}")) for way in ("W4A16 graphs", "dequantized", "BF16"))
+    assert_w4a16(kind, *served, emulated(kind, "W4A16"))
 
 
 @pytest.mark.engine("{kind}: W4A4 graphs", "{kind}: W4A16 graphs")
 @pytest.mark.parametrize("kind", KINDS)
 def test_w4a4_is_further_from_the_cpu_path_than_rounding(runs: Runs, emulated: Emulated, kind: str) -> None:
-    """Rounding moves this model's logprobs as far as W4A4 itself does, but up as often as down: the mean stays."""
     ours, far = (flat(runs(f"{kind}: {scheme} graphs")) for scheme in ("W4A4", "W4A16"))
     one, other = emulated(kind, "W4A4"), emulated(kind, "W4A4", torch.bfloat16)
-    limit = distance(one, other)
-    (off, error), (far_off, far_error) = (off_in_mean(found, (one + other) / 2, STREAMS) for found in (ours, far))
-    print(
-        f"{kind} W4A4: {distance(ours, one):.4f} from the CPU path in fp32, which BF16 moves by {limit:.4f}; "
-        f"in the mean {off:.4f} ± {error:.4f}, W4A16 {far_off:.4f} ± {far_error:.4f}"
-    )
-    assert distance(ours, one) < 1.3 * limit
-    assert abs(off) < 3 * error
-    assert abs(far_off) > 3 * far_error, "the bound above means nothing if full-precision activations would pass it"
+    assert_w4a4(kind, ours, far, one, other, STREAMS)
 
 
 @pytest.mark.engine("{kind}: {scheme} online", "{kind}: {scheme} graphs")

@@ -5,18 +5,14 @@ of its own, as many at a time as there are cores for: a start takes long, and -k
 --seconds fails; everything else is judged.
 """
 
-import asyncio
 import functools
-import itertools
 import math
 import multiprocessing
 import os
 import shlex
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,34 +22,40 @@ from conftest import ROOT, assert_close, calc_diff
 from engines import (
     PLAIN,
     RECIPES,
+    SCHEMES,
     SMALL_DENSE,
+    Left,
     answered,
+    assert_w4a4,
+    assert_w4a16,
     calibrated,
+    chat_once,
     dequantized,
     distance,
     emulated_logprobs,
     flat,
+    kill_children,
     moved,
-    off_in_mean,
     options,
+    prompts_of,
     quantized_by_cli,
     random_adapter,
     random_model,
     reference_experts,
     reference_linear,
     run_engine,
+    seconds_left,
+    start_emulations,
     static_amax,
     wanted,
 )
 from safetensors import safe_open
 from safetensors.torch import load_file
-from server_client import Client
-from server_process import serving
 
 import fouroversix_plugin as fos
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
-psutil = pytest.importorskip("psutil", reason="vLLM brings it")
+pytest.importorskip("psutil", reason="vLLM brings it")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.engine,
@@ -65,10 +67,8 @@ Make = Callable[[str], Future[Path]]
 Job = dict[str, Any]
 Runs = Callable[[str], dict[str, Any]]
 Emulated = Callable[..., torch.Tensor]
-Left = Callable[..., float]
 
 KINDS = ["dense", "moe"]
-SCHEMES = ["W4A16", "W4A4"]
 EXPERTS = "block_sparse_moe.experts"
 ATTENTION = ["self_attn.qkv_proj", "self_attn.o_proj"]
 PARTS = {"dense": [*ATTENTION, "mlp.gate_up_proj", "mlp.down_proj"], "moe": [*ATTENTION, EXPERTS]}
@@ -209,27 +209,17 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def prompts(checkpoint: Checkpoint) -> Callable[[str], list[list[int]]]:
-    """English for a model that knows it, else anything."""
-
     @functools.cache
     def ask(kind: str) -> list[list[int]]:
-        if kind in RANDOM:
-            ids = torch.randint(DENSE["vocab_size"], (STREAMS * LENGTH,), generator=torch.Generator().manual_seed(0))
-        else:
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint(kind, "bf16").result())
-            ids = torch.tensor(tokenizer((ROOT / "LICENSE").read_text())["input_ids"][: STREAMS * LENGTH])
-        return ids.view(STREAMS, LENGTH).tolist()
+        source = None if kind in RANDOM else checkpoint(kind, "bf16").result()
+        return prompts_of(source, STREAMS, LENGTH)
 
     return ask
 
 
 @pytest.fixture(scope="module")
 def left(request: pytest.FixtureRequest) -> Left:
-    """Seconds that are left of those for all runs, and of some more."""
-    deadline = time.monotonic() + float(request.config.getoption("--seconds"))
-    return lambda more=0: max(0.1, deadline + more - time.monotonic())
+    return seconds_left(request.config)
 
 
 @pytest.fixture(scope="module")
@@ -272,11 +262,7 @@ def runs(
         finally:
             for future in started.values():
                 future.cancel()
-            for process in psutil.Process().children(recursive=True):
-                with suppress(psutil.NoSuchProcess):
-                    # Python's own, which ends with us, complains of what others then do not find.
-                    if "resource_tracker" not in " ".join(process.cmdline()):
-                        process.kill()
+            kill_children()
 
 
 def chat(config: str, model: Path, log: Path, left: Left) -> dict[str, Any]:
@@ -285,19 +271,7 @@ def chat(config: str, model: Path, log: Path, left: Left) -> dict[str, Any]:
     share = [f"--{name.replace('_', '-')}={value}" for name, value in SHARE.items()]
     # `vllm serve`, wherever its script was installed.
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--config", str(file), *share]
-    question = {"role": "user", "content": "What is the capital of France?"}
-    body = {"model": str(model), "messages": [question], "temperature": 0, "max_tokens": 16}
-
-    async def ask() -> dict[str, Any]:
-        async with (
-            serving(shlex.join(command), log, left()) as server,
-            Client(server.base_url, check_alive=server.check_alive) as client,
-            asyncio.timeout(left()),
-        ):
-            return await client.post("chat/completions", body)
-
-    reply = asyncio.run(ask())
-    return {"text": reply["choices"][0]["message"]["content"], "log": log.read_text()}
+    return chat_once(shlex.join(command), str(model), log, left)
 
 
 # --- what is served ---
@@ -310,17 +284,8 @@ def emulated(checkpoint: Checkpoint, prompts: Callable[[str], list[list[int]]], 
 
     @functools.cache
     def start(kind: str) -> dict[tuple[str, torch.dtype], Future[torch.Tensor]]:
-        return {
-            (scheme, dtype): pool.submit(
-                emulated_logprobs,
-                *(checkpoint(kind, form).result() for form in ("bf16", scheme.lower())),
-                prompts(kind),
-                fos.Recipe() if scheme == "W4A4" else None,
-                dtype,
-            )
-            for scheme, dtype in itertools.product(SCHEMES, (torch.float32, torch.bfloat16))
-            if (scheme, dtype) != ("W4A16", torch.bfloat16)
-        }
+        forms = {form: checkpoint(kind, form).result() for form in ("bf16", "w4a16", "w4a4")}
+        return start_emulations(pool, forms, prompts(kind))
 
     yield lambda kind, scheme, dtype=torch.float32: start(kind)[scheme, dtype].result(left(PATIENCE))
     pool.shutdown(wait=False, cancel_futures=True)
@@ -334,32 +299,16 @@ def rounding(emulated: Emulated, kind: str) -> float:
 @pytest.mark.engine("{kind}: W4A16")
 @pytest.mark.parametrize("kind", KINDS)
 def test_w4a16_is_further_from_the_cpu_path_than_bf16_rounding(runs: Runs, emulated: Emulated, kind: str) -> None:
-    exact, served = emulated(kind, "W4A16"), runs(f"{kind}: W4A16")
-    ours, stock, far = (distance(flat(served[way]), exact) for way in ("stored", "dequantized", "BF16"))
-    apart = distance(flat(served["stored"]), flat(served["dequantized"]))
-    print(
-        f"{kind} W4A16: {ours:.4f} from the CPU path in fp32, dequantized weights in stock BF16 {stock:.4f}; "
-        f"{apart:.4f} from each other; quantization moves {far:.4f}"
-    )
-    assert ours < 1.6 * stock
-    assert far > 3 * stock, "the bound above means nothing if other weights would pass it"
+    served = runs(f"{kind}: W4A16")
+    assert_w4a16(kind, *(flat(served[way]) for way in ("stored", "dequantized", "BF16")), emulated(kind, "W4A16"))
 
 
 @pytest.mark.engine("{kind}: W4A4", "{kind}: W4A16")
 @pytest.mark.parametrize("kind", KINDS)
 def test_w4a4_is_further_from_the_cpu_path_than_rounding(runs: Runs, emulated: Emulated, kind: str) -> None:
-    """Rounding moves this model's logprobs as far as W4A4 itself does, but up as often as down: the mean stays."""
-    one, other = emulated(kind, "W4A4"), emulated(kind, "W4A4", torch.bfloat16)
     ours, far = (flat(runs(f"{kind}: {scheme}")["stored"]) for scheme in ("W4A4", "W4A16"))
-    limit = rounding(emulated, kind)
-    (off, error), (far_off, far_error) = (off_in_mean(logprobs, (one + other) / 2, STREAMS) for logprobs in (ours, far))
-    print(
-        f"{kind} W4A4: {distance(ours, one):.4f} from the CPU path in fp32, which BF16 moves by {limit:.4f}; "
-        f"in the mean {off:.4f} ± {error:.4f}, W4A16 {far_off:.4f} ± {far_error:.4f}"
-    )
-    assert distance(ours, one) < 1.3 * limit
-    assert abs(off) < 3 * error
-    assert abs(far_off) > 3 * far_error, "the bound above means nothing if full-precision activations would pass it"
+    one, other = emulated(kind, "W4A4"), emulated(kind, "W4A4", torch.bfloat16)
+    assert_w4a4(kind, ours, far, one, other, STREAMS)
 
 
 @pytest.mark.engine("{kind}: W4A4")
