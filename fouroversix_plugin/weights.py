@@ -5,14 +5,14 @@ Every error names the weight, what was got, what was needed and what to do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from fouroversix_plugin.kernels import select
-from fouroversix_plugin.nvfp4 import NVFP4Tensor, scales_from_layout
+from fouroversix_plugin.nvfp4 import NVFP4Tensor
 from fouroversix_plugin.recipe import Recipe
 from fouroversix_plugin.reference import row_amax
 
@@ -35,7 +35,6 @@ weight of zeros has.)"""
 NARROW: Final = Recipe(scale_max=256)
 """The recipe with the narrower of the two ranges; see :func:`looks_narrow`."""
 
-_SMALLEST_BLOCK_SCALE: Final = 2.0**-9
 _LAYOUT_ROWS: Final = 512
 _LAYOUT_BLOCKS: Final = 4096
 _LAYOUT_GAIN: Final = 0.05
@@ -93,16 +92,19 @@ def check_row_major(name: str, block_scale: Tensor) -> None:
 
     The bytes are the same, so only their order can tell: the scales of a trained weight follow its rows and columns
     (outputs and inputs that are large or small), which the wrong order takes apart. Read both ways, the share of their
-    variance that row and column means explain is larger in the right order: by 0.2 in the median of SmolLM2's linear
-    weights and never smaller by more than 0.001. Weights without such structure, random ones, pass either way.
+    variance that row and column means explain is larger in the right order: by 0.12 in the median of SmolLM2's 60
+    weights that are large enough, and by 0.009 at least. Weights without such structure, random ones, pass either way.
     """
     rows, blocks = block_scale.shape
     rows = min(rows, _LAYOUT_ROWS) // 128 * 128
     if block_scale.shape[0] % 128 or blocks % 4 or rows * blocks < _LAYOUT_BLOCKS:
         return  # padding would give the 128x4 layout another number of scales, or there are too few to tell
-    as_stored = block_scale[:rows].contiguous()
-    as_tiles = scales_from_layout(as_stored.flatten(), "128x4", rows, blocks)
-    gain = _explained_by_rows_and_columns(as_tiles) - _explained_by_rows_and_columns(as_stored)
+    # E4M3's bytes grow by 8 an octave: near enough to a logarithm.
+    x = block_scale[:rows].contiguous().view(torch.uint8).float()
+    x -= x.mean()
+    tiles = x.view(rows // 128, blocks // 4, 32, 4, 4)  # 128x4 ones, by row % 32, row // 32 and column
+    as_stored, as_tiles = (x.mean(1), x.mean(0)), (tiles.mean((1, 4)), tiles.mean((0, 2, 3)))
+    gain = _explained(x, as_tiles) - _explained(x, as_stored)
     if gain > _LAYOUT_GAIN:
         raise ValueError(
             f"{name}: the block scales lie in the 128x4 layout of a GEMM (read so, rows and columns explain "
@@ -110,13 +112,10 @@ def check_row_major(name: str, block_scale: Tensor) -> None:
         )
 
 
-def _explained_by_rows_and_columns(block_scale: Tensor) -> float:
-    rows, columns = block_scale.shape
-    x = block_scale.float().clamp(min=_SMALLEST_BLOCK_SCALE).log2()
-    x = x - x.mean()
-    explained = x.mean(1).square().sum() * columns + x.mean(0).square().sum() * rows
+def _explained(x: Tensor, means: Iterable[Tensor]) -> float:
+    """Share of the variance of x, whose mean is 0, that means over parts of equal size explain."""
     total = float(x.square().sum())
-    return float(explained) / total if total else 0.0
+    return sum(float(mean.square().mean()) for mean in means) * x.numel() / total if total else 0.0
 
 
 def stored_weight(
