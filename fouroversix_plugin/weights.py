@@ -5,7 +5,7 @@ Every error names the weight, what was got, what was needed and what to do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
@@ -103,19 +103,19 @@ def check_row_major(name: str, block_scale: Tensor) -> None:
     x = block_scale[:rows].contiguous().view(torch.uint8).float()
     x -= x.mean()
     tiles = x.view(rows // 128, blocks // 4, 32, 4, 4)  # 128x4 ones, by row % 32, row // 32 and column
-    as_stored, as_tiles = (x.mean(1), x.mean(0)), (tiles.mean((1, 4)), tiles.mean((0, 2, 3)))
-    gain = _explained(x, as_tiles) - _explained(x, as_stored)
-    if gain > _LAYOUT_GAIN:
+    as_tiles, as_stored = (tiles.mean((1, 4)), tiles.mean((0, 2, 3))), (x.mean(1), x.mean(0))
+    gain, variance = _variance(*as_tiles) - _variance(*as_stored), _variance(x)
+    if gain > _LAYOUT_GAIN * variance:
         raise ValueError(
             f"{name}: the block scales lie in the 128x4 layout of a GEMM (read so, rows and columns explain "
-            f"{gain:.0%} more of their variance), needed row-major ones; write the checkpoint without swizzling"
+            f"{gain / variance:.0%} more of their variance), needed row-major ones; write the checkpoint without "
+            "swizzling"
         )
 
 
-def _explained(x: Tensor, means: Iterable[Tensor]) -> float:
-    """Share of the variance of x, whose mean is 0, that means over parts of equal size explain."""
-    total = float(x.square().sum())
-    return sum(float(mean.square().mean()) for mean in means) * x.numel() / total if total else 0.0
+def _variance(*means: Tensor) -> float:
+    """Of numbers whose mean is 0; of several lots, together."""
+    return sum(float(mean.square().mean()) for mean in means)
 
 
 def stored_weight(
