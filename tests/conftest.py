@@ -3,7 +3,8 @@
 import itertools
 import json
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -33,6 +34,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--seconds", type=float, default=1800, help="that tests of engines on GPUs wait for all their runs together"
     )
+
+
+Left = Callable[..., float]
+"""Seconds that are left of those for all runs, and the ``more`` that are asked for."""
+
+
+@pytest.fixture(scope="module")
+def left(request: pytest.FixtureRequest) -> Left:
+    deadline = time.monotonic() + float(request.config.getoption("--seconds"))
+    return lambda more=0: max(0.1, deadline + more - time.monotonic())
 
 
 GOLDEN = ROOT.parent / "shared" / "golden"

@@ -1,23 +1,24 @@
 """What the tests of engines share: small models, runs in a process of its own, and what their results are held to."""
 
 import asyncio
+import functools
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, Future
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, Left
 from divergence_scores import Document
 from engine_process import end_group
 from safetensors.torch import load_file, save_file
@@ -50,8 +51,17 @@ RECIPES = {"w4a16": "w4a16", "w4a4": "nvfp4_4over6"}
 """Presets by the form of a checkpoint."""
 SCHEMES = ["W4A16", "W4A4"]
 
-Left = Callable[..., float]
-"""Seconds that are left of those for all runs, and the ``more`` that are asked for."""
+# What the tests of engines on GPUs share.
+KINDS = ["dense", "moe"]
+"""SmolLM2 and its form with experts; models of any other kind are random."""
+STREAMS, LENGTH = 32, 64
+PATIENCE = 20
+"""Seconds for runs to end themselves, once none are left."""
+
+Checkpoint = Callable[[str, str], Future[Path]]
+"""The folder of a model's kind in a form."""
+Emulated = Callable[..., torch.Tensor]
+"""Logprobs of a kind and a scheme, with all that is not quantized in fp32 or another dtype."""
 
 
 def options(recipe: str, **more: Any) -> dict[str, Any]:
@@ -100,23 +110,52 @@ def wanted(request: pytest.FixtureRequest) -> set[str]:
     }
 
 
-def seconds_left(config: pytest.Config) -> Left:
-    """Of those for all runs, from now on."""
-    deadline = time.monotonic() + float(config.getoption("--seconds"))
-    return lambda more=0: max(0.1, deadline + more - time.monotonic())
+def done(path: Path) -> Future[Path]:
+    future: Future[Path] = Future()
+    future.set_result(path)
+    return future
 
 
-def prompts_of(source: Path | None, count: int, length: int) -> list[list[int]]:
+def prompts_of(checkpoint: Checkpoint, kind: str) -> list[list[int]]:
     """English for a model that knows it, else anything."""
+    return _prompts(checkpoint(kind, "bf16").result() if kind in KINDS else None)
+
+
+@functools.cache
+def _prompts(source: Path | None) -> list[list[int]]:
     if source is None:
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(SMALL["vocab_size"], (count * length,), generator=generator)
+        ids = torch.randint(SMALL["vocab_size"], (STREAMS * LENGTH,), generator=generator)
     else:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(source)
-        ids = torch.tensor(tokenizer((ROOT / "LICENSE").read_text())["input_ids"][: count * length])
-    return ids.view(count, length).tolist()
+        ids = torch.tensor(tokenizer((ROOT / "LICENSE").read_text())["input_ids"][: STREAMS * LENGTH])
+    return ids.view(STREAMS, LENGTH).tolist()
+
+
+@contextmanager
+def all_started(
+    request: pytest.FixtureRequest,
+    order: Sequence[str],
+    prepare: Callable[[str, str], Callable[[], dict[str, Any]]],
+    at_a_time: int | None,
+) -> Iterator[dict[str, Future[dict[str, Any]]]]:
+    """The runs that chosen tests name as "KIND: WAY", by that name, begun in the order of their ways; those of "two"
+    ranks where there are two GPUs. ``prepare`` says of a kind and a way what a thread then does.
+    """
+    names = sorted((name.split(": ") for name in wanted(request)), key=lambda name: (order.index(name[1]), name[0]))
+    with ThreadPoolExecutor(at_a_time) as pool:
+        started: dict[str, Future[dict[str, Any]]] = {}
+        try:
+            for kind, way in names:
+                if not way.startswith("two") or torch.cuda.device_count() > 1:
+                    started[f"{kind}: {way}"] = pool.submit(prepare(kind, way))
+            yield started
+        finally:
+            for future in started.values():
+                future.cancel()
+            kill_children()
 
 
 def chat_once(command: str, model: str, log: Path, left: Left) -> dict[str, Any]:
@@ -239,30 +278,42 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).abs().mean())
 
 
-def start_emulations(
-    pool: Executor, forms: Mapping[str, Path], prompts: list[list[int]]
-) -> dict[tuple[str, torch.dtype], Future[torch.Tensor]]:
-    """:func:`emulated_logprobs` by scheme, with all that is not quantized in fp32 or, for W4A4, in BF16. ``forms``: a
-    model and its checkpoints.
+@contextmanager
+def emulations(checkpoint: Checkpoint, left: Left, kinds: Iterable[str] = ()) -> Iterator[Emulated]:
+    """:func:`emulated_logprobs` of both schemes, computed in the background: of ``kinds`` from now on, of others once
+    they are asked for.
     """
-    return {
-        (scheme, dtype): pool.submit(
-            emulated_logprobs,
-            forms["bf16"],
-            forms[scheme.lower()],
-            prompts,
-            fos.Recipe() if scheme == "W4A4" else None,
-            dtype,
-        )
-        for scheme, dtype in itertools.product(SCHEMES, (torch.float32, torch.bfloat16))
-        if (scheme, dtype) != ("W4A16", torch.bfloat16)
-    }
+    pool = ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"))
+
+    @functools.cache
+    def start(kind: str) -> dict[tuple[str, torch.dtype], Future[torch.Tensor]]:
+        return {
+            (scheme, dtype): pool.submit(
+                emulated_logprobs,
+                *(checkpoint(kind, form).result() for form in ("bf16", scheme.lower())),
+                prompts_of(checkpoint, kind),
+                fos.Recipe() if scheme == "W4A4" else None,
+                dtype,
+            )
+            for scheme, dtype in itertools.product(SCHEMES, (torch.float32, torch.bfloat16))
+            if (scheme, dtype) != ("W4A16", torch.bfloat16)
+        }
+
+    for kind in kinds:
+        start(kind)
+    yield lambda kind, scheme, dtype=torch.float32: start(kind)[scheme, dtype].result(left(PATIENCE))
+    pool.shutdown(wait=False, cancel_futures=True)
 
 
-def off_in_mean(logprobs: torch.Tensor, expected: torch.Tensor, prompts: int) -> tuple[float, float]:
+def rounding(emulated: Emulated, kind: str) -> float:
+    """How far W4A4 logprobs move when all else is rounded to BF16: codes flip, and each flip moves others."""
+    return distance(emulated(kind, "W4A4", torch.bfloat16), emulated(kind, "W4A4"))
+
+
+def off_in_mean(logprobs: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
     """With its standard error over prompts: what is off at one place is off at others of its prompt."""
-    of_prompts = (logprobs - expected).view(prompts, -1).mean(1)
-    return float(of_prompts.mean()), float(of_prompts.std()) / prompts**0.5
+    of_prompts = (logprobs - expected).view(STREAMS, -1).mean(1)
+    return float(of_prompts.mean()), float(of_prompts.std()) / STREAMS**0.5
 
 
 def moved(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, int]:
@@ -277,9 +328,10 @@ def moved(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, int]:
 
 
 def assert_w4a16(
-    kind: str, served: torch.Tensor, dequantized: torch.Tensor, full: torch.Tensor, exact: torch.Tensor
+    emulated: Emulated, kind: str, served: torch.Tensor, dequantized: torch.Tensor, full: torch.Tensor
 ) -> None:
     """As near to what the CPU path says in fp32 as the dequantized weights in the engine's own BF16 are."""
+    exact = emulated(kind, "W4A16")
     ours, stock, far = (distance(logprobs, exact) for logprobs in (served, dequantized, full))
     apart = distance(served, dequantized)
     print(
@@ -290,13 +342,11 @@ def assert_w4a16(
     assert far > 3 * stock, "the bound above means nothing if other weights would pass it"
 
 
-def assert_w4a4(
-    kind: str, served: torch.Tensor, w4a16: torch.Tensor, one: torch.Tensor, other: torch.Tensor, prompts: int
-) -> None:
-    """Against the CPU path in fp32 (``one``) and in BF16. Rounding moves SmolLM2's logprobs as far as W4A4 itself does,
-    as codes flip and each flip moves others, but up as often as down: the mean stays."""
-    limit = distance(other, one)
-    (off, error), (far, far_error) = (off_in_mean(found, (one + other) / 2, prompts) for found in (served, w4a16))
+def assert_w4a4(emulated: Emulated, kind: str, served: torch.Tensor, w4a16: torch.Tensor) -> None:
+    """Rounding moves SmolLM2's logprobs as far as W4A4 itself does, but up as often as down: the mean stays."""
+    one, other = emulated(kind, "W4A4"), emulated(kind, "W4A4", torch.bfloat16)
+    limit = rounding(emulated, kind)
+    (off, error), (far, far_error) = (off_in_mean(found, (one + other) / 2) for found in (served, w4a16))
     print(
         f"{kind} W4A4: {distance(served, one):.4f} from the CPU path in fp32, which BF16 moves by {limit:.4f}; "
         f"in the mean {off:.4f} ± {error:.4f}, W4A16 {far:.4f} ± {far_error:.4f}"
@@ -304,6 +354,19 @@ def assert_w4a4(
     assert distance(served, one) < 1.3 * limit
     assert abs(off) < 3 * error
     assert abs(far) > 3 * far_error, "the bound above means nothing if full-precision activations would pass it"
+
+
+def assert_adapted(
+    result: dict[str, Any], source: Path, stored_folder: Path, adapter: Path, prompts: list[list[int]]
+) -> None:
+    """W4A16 with an adapter, as near to the stored weights plus B A in fp32 as without it to the stored weights."""
+    without = emulated_logprobs(source, stored_folder, prompts)
+    exact = emulated_logprobs(source, stored_folder, prompts, adapter=adapter)
+    rounded, added = distance(flat(result), without), distance(exact, without)
+    off = distance(torch.tensor(result["adapted"]).flatten(), exact)
+    print(f"adapter: {off:.4f} from the CPU path in fp32, without it {rounded:.4f}; it moves {added:.4f}")
+    assert off < 2 * rounded
+    assert added > 10 * rounded, "the adapter changes nothing that could be seen"
 
 
 def stored(tensors: Mapping[str, torch.Tensor], module: str) -> fos.NVFP4Tensor:

@@ -8,39 +8,42 @@ else is judged.
 import functools
 import itertools
 import json
-import multiprocessing
 import os
 import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, Left
 from engine_process import plugin_environment
 from engines import (
+    KINDS,
+    LENGTH,
+    PATIENCE,
     RECIPES,
     SCHEMES,
     SMALL,
-    Left,
+    Checkpoint,
+    Emulated,
+    all_started,
     assert_w4a4,
     assert_w4a16,
     chat_once,
     dequantized,
-    distance,
+    done,
+    emulations,
     flat,
-    kill_children,
     moved,
     options,
     prompts_of,
     quantized_by_cli,
     random_model,
-    seconds_left,
-    start_emulations,
+    rounding,
     wanted,
 )
 from sglang_server import ask_server
@@ -53,15 +56,9 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
 ]
 
-Checkpoint = Callable[[str, str], Future[Path]]
 Runs = Callable[[str], dict[str, Any]]
-Emulated = Callable[..., torch.Tensor]
 
-KINDS = ["dense", "moe"]
-STREAMS, LENGTH = 32, 64
 TOKENS = 16
-PATIENCE = 20
-"""Seconds for servers to end themselves, once none are left."""
 
 # Servers that start together would each take the others' memory for its own: the cache is stated, not measured.
 SHARE = ["--max-total-tokens", "8192", "--mem-fraction-static", "0.5"]
@@ -116,9 +113,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         @functools.cache
         def ask(kind: str, form: str) -> Future[Path]:
             if form == "bf16" and kind in KINDS:
-                built: Future[Path] = Future()
-                built.set_result(request.getfixturevalue("models")[KINDS.index(kind)])
-                return built
+                return done(request.getfixturevalue("models")[KINDS.index(kind)])
             if form != "bf16":
                 ask(kind, "w4a16" if form == "dequantized" else "bf16")
             return pool.submit(make, kind, form)
@@ -127,25 +122,9 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="module")
-def prompts(checkpoint: Checkpoint) -> Callable[[str], list[list[int]]]:
-    @functools.cache
-    def ask(kind: str) -> list[list[int]]:
-        source = checkpoint(kind, "bf16").result() if kind in KINDS else None
-        return prompts_of(source, STREAMS, LENGTH)
-
-    return ask
-
-
-@pytest.fixture(scope="module")
-def left(request: pytest.FixtureRequest) -> Left:
-    return seconds_left(request.config)
-
-
-@pytest.fixture(scope="module")
 def runs(
     request: pytest.FixtureRequest,
     checkpoint: Checkpoint,
-    prompts: Callable[[str], list[list[int]]],
     left: Left,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Runs]:
@@ -155,7 +134,7 @@ def runs(
     # A free port might not be one any more when a server that starts binds to it: others look for theirs meanwhile.
     ports = itertools.count(20000 + os.getpid() % 100 * 100)
 
-    def start(kind: str, way: str) -> Future[dict[str, Any]]:
+    def prepare(kind: str, way: str) -> Callable[[], dict[str, Any]]:
         (form, flags), log = WAYS[way], folder / f"{kind} {way}.log"
         flags = [*flags, *BACKENDS, *SHARE, "--port", str(next(ports)), "--nccl-port", str(next(ports))]
         model = checkpoint(kind, form)
@@ -166,60 +145,37 @@ def runs(
             return shlex.join([*serve, "--model-path", str(model.result()), *flags, *more])
 
         if way == COMMAND:
-            return pool.submit(lambda: chat_once(command(), "default", log, left))
-        asked = prompts(kind)
-        return pool.submit(lambda: ask_server(command(*BARE), log, asked, TOKENS, left))
+            return lambda: chat_once(command(), "default", log, left)
+        asked = prompts_of(checkpoint, kind)
+        return lambda: ask_server(command(*BARE), log, asked, TOKENS, left)
 
-    order = [*WAYS]
-    names = sorted((name.split(": ") for name in wanted(request)), key=lambda name: (order.index(name[1]), name[0]))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        started: dict[str, Future[dict[str, Any]]] = {}
-        try:
-            for kind, way in names:
-                if not way.startswith("two") or torch.cuda.device_count() > 1:
-                    started[f"{kind}: {way}"] = start(kind, way)
-            yield lambda name: started[name].result(left(PATIENCE))
-        finally:
-            for future in started.values():
-                future.cancel()
-            kill_children()
+    with all_started(request, [*WAYS], prepare, os.cpu_count()) as started:
+        yield lambda name: started[name].result(left(PATIENCE))
 
 
 # --- what is served ---
 
 
 @pytest.fixture(scope="module")
-def emulated(
-    request: pytest.FixtureRequest, checkpoint: Checkpoint, prompts: Callable[[str], list[list[int]]], left: Left
-) -> Iterator[Emulated]:
-    """What the CPU path says of a model, with all that is not quantized in fp32 or in BF16: while servers start."""
-    pool = ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"))
-
-    @functools.cache
-    def start(kind: str) -> dict[tuple[str, torch.dtype], Future[torch.Tensor]]:
-        forms = {form: checkpoint(kind, form).result() for form in ("bf16", "w4a16", "w4a4")}
-        return start_emulations(pool, forms, prompts(kind))
-
-    for kind in KINDS:
-        if any(name.startswith(f"{kind}: ") for name in wanted(request)):
-            start(kind)
-    yield lambda kind, scheme, dtype=torch.float32: start(kind)[scheme, dtype].result(left(PATIENCE))
-    pool.shutdown(wait=False, cancel_futures=True)
+def emulated(request: pytest.FixtureRequest, checkpoint: Checkpoint, left: Left) -> Iterator[Emulated]:
+    """What the CPU path says of a model: while servers start."""
+    served = {name.partition(": ")[0] for name in wanted(request)}
+    with emulations(checkpoint, left, [kind for kind in KINDS if kind in served]) as ask:
+        yield ask
 
 
 @pytest.mark.engine("{kind}: W4A16 graphs", "{kind}: dequantized", "{kind}: BF16")
 @pytest.mark.parametrize("kind", KINDS)
 def test_w4a16_is_further_from_the_cpu_path_than_bf16_rounding(runs: Runs, emulated: Emulated, kind: str) -> None:
     served = (flat(runs(f"{kind}: {way}")) for way in ("W4A16 graphs", "dequantized", "BF16"))
-    assert_w4a16(kind, *served, emulated(kind, "W4A16"))
+    assert_w4a16(emulated, kind, *served)
 
 
 @pytest.mark.engine("{kind}: W4A4 graphs", "{kind}: W4A16 graphs")
 @pytest.mark.parametrize("kind", KINDS)
 def test_w4a4_is_further_from_the_cpu_path_than_rounding(runs: Runs, emulated: Emulated, kind: str) -> None:
     ours, far = (flat(runs(f"{kind}: {scheme} graphs")) for scheme in ("W4A4", "W4A16"))
-    one, other = emulated(kind, "W4A4"), emulated(kind, "W4A4", torch.bfloat16)
-    assert_w4a4(kind, ours, far, one, other, STREAMS)
+    assert_w4a4(emulated, kind, ours, far)
 
 
 @pytest.mark.engine("{kind}: {scheme} online", "{kind}: {scheme} graphs")
@@ -246,7 +202,7 @@ def test_graphs_move_answers_more_than_those_of_bf16(runs: Runs, emulated: Emula
     ours, agreeing = moved(runs(f"{kind}: {scheme} graphs"), runs(f"{kind}: {scheme}"))
     limit = 2 * stock
     if scheme == "W4A4" and stock > 0:
-        limit = 1.3 * distance(emulated(kind, "W4A4"), emulated(kind, "W4A4", torch.bfloat16))
+        limit = 1.3 * rounding(emulated, kind)
     print(f"{kind} {scheme}, graphs: moved by {ours:.4f} (limit {limit:.4f}), BF16 by {stock:.4f}; {agreeing} tokens")
     assert ours <= limit
 

@@ -23,7 +23,9 @@ from engines import (
     MERGED,
     SMALL,
     SMALL_DENSE,
+    assert_adapted,
     dequantized,
+    distance,
     emulated_logprobs,
     flat,
     options,
@@ -115,7 +117,7 @@ def test_w4a16_is_further_from_exact_than_bf16_rounding(smollm2: dict[str, Any],
     folder = smollm2["folder"]
     exact = emulated_logprobs(folder / f"{kind}-bf16", folder / f"{kind}-w4a16", smollm2["prompts"])
     ours, bf16, w4a4 = (
-        (flat(smollm2[f"{kind} {way}"]) - exact).abs().mean() for way in ("stored", "dequantized", "stored W4A4")
+        distance(flat(smollm2[f"{kind} {way}"]), exact) for way in ("stored", "dequantized", "stored W4A4")
     )
     assert ours < 1.6 * bf16
     assert w4a4 > 3 * bf16, "the bound above means nothing if quantized activations would pass it"
@@ -236,7 +238,7 @@ def test_weights_for_fp4_units_are_served_otherwise(small: Path, fp4_units: dict
 def test_compiled_graphs_lose_weights_for_fp4_units(fp4_units: dict[str, Any]) -> None:
     # Sums in another order flip a code now and then; results of other weights differ by the spread of the logprobs.
     compiled, usual = flat(fp4_units["compiled"]), flat(fp4_units["compiled, as on a CPU"])
-    assert (compiled - usual).abs().mean() < 0.25 * usual.std()
+    assert distance(compiled, usual) < 0.25 * usual.std()
 
 
 @pytest.fixture(scope="module")
@@ -257,18 +259,12 @@ def test_weights_that_are_loaded_again_are_others(reloaded: dict[str, Any], way:
 
 
 def test_an_adapter_is_added_to_other_weights(tmp_path: Path) -> None:
-    """A small random Llama in W4A16 with a LoRA adapter, against its weights plus B A in fp32."""
     rank = 8
     quantize_checkpoint(random_model(SMALL_DENSE, tmp_path / "bf16"), tmp_path / "w4a16", fos.preset("w4a16"))
     adapter = random_adapter(tmp_path / "adapter", rank)
     job = {"model": str(tmp_path / "w4a16"), "options": {"enable_lora": True, "max_lora_rank": rank}}
     results = run_engine(tmp_path, {"llama": {**job, "adapter": str(adapter)}}, SMALL_PROMPTS)
-    without = emulated_logprobs(tmp_path / "bf16", tmp_path / "w4a16", SMALL_PROMPTS)
-    exact = emulated_logprobs(tmp_path / "bf16", tmp_path / "w4a16", SMALL_PROMPTS, adapter=adapter)
-    rounding = (flat(results["llama"]) - without).abs().mean()
-    off = (torch.tensor(results["llama"]["adapted"]).flatten() - exact).abs().mean()
-    assert off < 2 * rounding
-    assert (exact - without).abs().mean() > 10 * rounding, "the adapter changes nothing that could be seen"
+    assert_adapted(results["llama"], tmp_path / "bf16", tmp_path / "w4a16", adapter, SMALL_PROMPTS)
 
 
 @pytest.fixture(scope="module")

@@ -7,34 +7,39 @@ of its own, as many at a time as there are cores for: a start takes long, and -k
 
 import functools
 import math
-import multiprocessing
 import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, assert_close, calc_diff
+from conftest import ROOT, Left, assert_close, calc_diff
 from engines import (
+    KINDS,
+    LENGTH,
+    PATIENCE,
     PLAIN,
     RECIPES,
     SCHEMES,
     SMALL_DENSE,
-    Left,
+    STREAMS,
+    Checkpoint,
+    Emulated,
+    all_started,
     answered,
+    assert_adapted,
     assert_w4a4,
     assert_w4a16,
     calibrated,
     chat_once,
     dequantized,
-    distance,
-    emulated_logprobs,
+    done,
+    emulations,
     flat,
-    kill_children,
     moved,
     options,
     prompts_of,
@@ -43,11 +48,9 @@ from engines import (
     random_model,
     reference_experts,
     reference_linear,
+    rounding,
     run_engine,
-    seconds_left,
-    start_emulations,
     static_amax,
-    wanted,
 )
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -62,13 +65,10 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
 ]
 
-Checkpoint = Callable[[str, str], Future[Path]]
 Make = Callable[[str], Future[Path]]
 Job = dict[str, Any]
 Runs = Callable[[str], dict[str, Any]]
-Emulated = Callable[..., torch.Tensor]
 
-KINDS = ["dense", "moe"]
 EXPERTS = "block_sparse_moe.experts"
 ATTENTION = ["self_attn.qkv_proj", "self_attn.o_proj"]
 PARTS = {"dense": [*ATTENTION, "mlp.gate_up_proj", "mlp.down_proj"], "moe": [*ATTENTION, EXPERTS]}
@@ -76,15 +76,12 @@ LAYERS = [f"model.layers.{n}" for n in range(0, 30, 6)]
 CAPTURED = [f"{layer}.{part}" for layer in LAYERS for part in {*PARTS["dense"], *PARTS["moe"]}]
 CONFIGS = ["vllm-throughput", "vllm-latency", "vllm-small", "vllm-w4a16"]
 
-STREAMS, LENGTH = 32, 64
 FEW, MANY = 16, 512
 """Tokens to generate."""
 # While it captures a graph, vLLM attends from as many places of one sequence as the graph has rows: memory must be
 # there for them.
 MODEL_LENGTH = STREAMS * LENGTH
 RANK = 8
-PATIENCE = 20
-"""Seconds for runs to end themselves, once none are left."""
 
 DENSE = {**SMALL_DENSE, "max_position_embeddings": MODEL_LENGTH}
 LARGE = DENSE | {"num_attention_heads": 32, "head_dim": 128}
@@ -173,12 +170,6 @@ ORDER = ["compiled", *CONFIGS, *WAYS]
 """In which runs start: what takes longest first, then what says most."""
 
 
-def done(path: Path) -> Future[Path]:
-    future: Future[Path] = Future()
-    future.set_result(path)
-    return future
-
-
 @pytest.fixture(scope="module")
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]:
     """The folder of a model's kind in a form, which is made in the background once it is asked for."""
@@ -208,61 +199,32 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="module")
-def prompts(checkpoint: Checkpoint) -> Callable[[str], list[list[int]]]:
-    @functools.cache
-    def ask(kind: str) -> list[list[int]]:
-        source = None if kind in RANDOM else checkpoint(kind, "bf16").result()
-        return prompts_of(source, STREAMS, LENGTH)
-
-    return ask
-
-
-@pytest.fixture(scope="module")
-def left(request: pytest.FixtureRequest) -> Left:
-    return seconds_left(request.config)
-
-
-@pytest.fixture(scope="module")
 def runs(
     request: pytest.FixtureRequest,
     checkpoint: Checkpoint,
-    prompts: Callable[[str], list[list[int]]],
     left: Left,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Runs]:
     """Results by the name of a run: the kind of model and the way it is served."""
     folder = tmp_path_factory.mktemp("runs")
 
-    def start(kind: str, way: str) -> Future[dict[str, Any]]:
+    def prepare(kind: str, way: str) -> Callable[[], dict[str, Any]]:
         place = folder / f"{kind} {way}"
         place.mkdir()
         if way in CONFIGS:
-            return pool.submit(chat, way, checkpoint(kind, "bf16").result(), place / "server.log", left)
-        jobs, asked = WAYS[way](functools.partial(checkpoint, kind)), prompts(kind)
+            return functools.partial(chat, way, checkpoint(kind, "bf16").result(), place / "server.log", left)
+        jobs, asked = WAYS[way](functools.partial(checkpoint, kind)), prompts_of(checkpoint, kind)
 
         def run() -> dict[str, Any]:
             for described in jobs.values():
                 described |= {key: str(value.result()) for key, value in described.items() if isinstance(value, Future)}
             return run_engine(place, jobs, asked, limit=left())
 
-        return pool.submit(run)
+        return run
 
-    names = sorted((name.split(": ") for name in wanted(request)), key=lambda name: (ORDER.index(name[1]), name[0]))
-
-    def ask(name: str) -> dict[str, Any]:
-        return started[name].result(left(PATIENCE)) | {"folder": folder / name.replace(":", "")}
-
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) * 3 // 4)) as pool:
-        started: dict[str, Future[dict[str, Any]]] = {}
-        try:
-            for kind, way in names:
-                if "two" not in way or torch.cuda.device_count() > 1:
-                    started[f"{kind}: {way}"] = start(kind, way)
-            yield ask
-        finally:
-            for future in started.values():
-                future.cancel()
-            kill_children()
+    at_a_time = max(1, (os.cpu_count() or 1) * 3 // 4)
+    with all_started(request, ORDER, prepare, at_a_time) as started:
+        yield lambda name: started[name].result(left(PATIENCE)) | {"folder": folder / name.replace(":", "")}
 
 
 def chat(config: str, model: Path, log: Path, left: Left) -> dict[str, Any]:
@@ -278,37 +240,24 @@ def chat(config: str, model: Path, log: Path, left: Left) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def emulated(checkpoint: Checkpoint, prompts: Callable[[str], list[list[int]]], left: Left) -> Iterator[Emulated]:
-    """What the CPU path says of a model, with all that is not quantized in fp32 or in BF16."""
-    pool = ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"))
-
-    @functools.cache
-    def start(kind: str) -> dict[tuple[str, torch.dtype], Future[torch.Tensor]]:
-        forms = {form: checkpoint(kind, form).result() for form in ("bf16", "w4a16", "w4a4")}
-        return start_emulations(pool, forms, prompts(kind))
-
-    yield lambda kind, scheme, dtype=torch.float32: start(kind)[scheme, dtype].result(left(PATIENCE))
-    pool.shutdown(wait=False, cancel_futures=True)
-
-
-def rounding(emulated: Emulated, kind: str) -> float:
-    """How far W4A4 logprobs move when all else is rounded to BF16: codes flip, and each flip moves others."""
-    return distance(emulated(kind, "W4A4", torch.bfloat16), emulated(kind, "W4A4"))
+def emulated(checkpoint: Checkpoint, left: Left) -> Iterator[Emulated]:
+    """What the CPU path says of a model."""
+    with emulations(checkpoint, left) as ask:
+        yield ask
 
 
 @pytest.mark.engine("{kind}: W4A16")
 @pytest.mark.parametrize("kind", KINDS)
 def test_w4a16_is_further_from_the_cpu_path_than_bf16_rounding(runs: Runs, emulated: Emulated, kind: str) -> None:
     served = runs(f"{kind}: W4A16")
-    assert_w4a16(kind, *(flat(served[way]) for way in ("stored", "dequantized", "BF16")), emulated(kind, "W4A16"))
+    assert_w4a16(emulated, kind, *(flat(served[way]) for way in ("stored", "dequantized", "BF16")))
 
 
 @pytest.mark.engine("{kind}: W4A4", "{kind}: W4A16")
 @pytest.mark.parametrize("kind", KINDS)
 def test_w4a4_is_further_from_the_cpu_path_than_rounding(runs: Runs, emulated: Emulated, kind: str) -> None:
     ours, far = (flat(runs(f"{kind}: {scheme}")["stored"]) for scheme in ("W4A4", "W4A16"))
-    one, other = emulated(kind, "W4A4"), emulated(kind, "W4A4", torch.bfloat16)
-    assert_w4a4(kind, ours, far, one, other, STREAMS)
+    assert_w4a4(emulated, kind, ours, far)
 
 
 @pytest.mark.engine("{kind}: W4A4")
@@ -401,16 +350,9 @@ def test_weights_that_are_loaded_again_or_slept_are_others(runs: Runs, kind: str
 
 
 @pytest.mark.engine("small dense: adapted")
-def test_an_adapter_is_added_to_other_weights(runs: Runs, checkpoint: Checkpoint, prompts: Callable[..., Any]) -> None:
-    served = runs("small dense: adapted")[""]
-    source, stored, adapter = (checkpoint("small dense", form).result() for form in ("bf16", "w4a16", "adapter"))
-    without = emulated_logprobs(source, stored, prompts("small dense"))
-    exact = emulated_logprobs(source, stored, prompts("small dense"), adapter=adapter)
-    rounding = distance(flat(served), without)
-    off, added = distance(torch.tensor(served["adapted"]).flatten(), exact), distance(exact, without)
-    print(f"adapter: {off:.4f} from the CPU path in fp32, without it {rounding:.4f}; it moves {added:.4f}")
-    assert off < 2 * rounding
-    assert added > 10 * rounding, "the adapter changes nothing that could be seen"
+def test_an_adapter_is_added_to_other_weights(runs: Runs, checkpoint: Checkpoint) -> None:
+    folders = (checkpoint("small dense", form).result() for form in ("bf16", "w4a16", "adapter"))
+    assert_adapted(runs("small dense: adapted")[""], *folders, prompts_of(checkpoint, "small dense"))
 
 
 @pytest.mark.engine("small moe: adapted")
