@@ -11,6 +11,7 @@ using namespace sm90;
 constexpr int kRouteThreads = 1024;
 constexpr int kCopyThreads = 128;
 constexpr int kSumThreads = 128;
+constexpr int kAtOnce = 4;  // reads that are under way before the first is used
 
 __device__ __forceinline__ int expert_of(const Route& r, int slot) {
   const int64_t id = r.wide_ids ? static_cast<const int64_t*>(r.topk_ids)[slot]
@@ -110,12 +111,28 @@ __global__ void __launch_bounds__(kSumThreads) sum_slots(const Combine c) {
   wait_for_kernel_before();
   if (column >= c.columns) return;
   float sum[4] = {};
-  for (int k = 0; k < c.route.top_k; ++k) {
-    const int slot = token * c.route.top_k + k;
-    if (expert_of(c.route, slot) < 0) continue;
-    const float4 v = *reinterpret_cast<const float4*>(c.slots + static_cast<int64_t>(slot) * c.columns + column);
-    const float weight = c.topk_weights == nullptr ? 1.0f : c.topk_weights[slot];
-    sum[0] += v.x * weight, sum[1] += v.y * weight, sum[2] += v.z * weight, sum[3] += v.w * weight;
+  for (int first = 0; first < c.route.top_k; first += kAtOnce) {
+    int slot[kAtOnce];
+    float weight[kAtOnce];
+    bool counts[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      slot[i] = token * c.route.top_k + min(first + i, c.route.top_k - 1);
+      weight[i] = c.topk_weights == nullptr ? 1.0f : c.topk_weights[slot[i]];
+      counts[i] = expert_of(c.route, slot[i]) >= 0 && first + i < c.route.top_k;
+    }
+    float4 read[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const float* from = c.slots + static_cast<int64_t>(slot[i]) * c.columns + column;
+      if (counts[i]) read[i] = *reinterpret_cast<const float4*>(from);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (!counts[i]) continue;
+      const float4 v = read[i];
+      sum[0] += v.x * weight[i], sum[1] += v.y * weight[i], sum[2] += v.z * weight[i], sum[3] += v.w * weight[i];
+    }
   }
   alignas(8) Value rounded[4];
 #pragma unroll
