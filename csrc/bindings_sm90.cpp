@@ -244,14 +244,16 @@ Tensor multiply_experts(Tensor x, Tensor codes, Tensor block_scale, Tensor decod
   g.blocks_in_use = ints(in_use);
   g.block_limit = int_of(blocks.size(0));
   g.tokens = int_of(tokens);
-  STD_TORCH_CHECK(g.tokens <= 16 || g.x_row == nullptr, "x_row: needed None with more than 16 rows in a block");
+  STD_TORCH_CHECK(g.tokens <= 8 || g.x_row == nullptr, "x_row: needed None with more than 8 rows in a block");
   const int64_t rows = x_row.has_value() ? x_row->numel() : x.size(0);
   Tensor out = torch::stable::new_empty(x, {rows, outputs}, gated ? x.scalar_type() : ScalarType::Float);
   g.out = out.data_ptr();
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   g.multiprocessors = multiprocessors();
-  g.strips = cuda::strips_at_once(ceil_div(gated ? 2 * g.outputs : g.outputs, 16), g.block_limit, g.columns,
-                                  g.multiprocessors);
+  const int64_t weight_rows = gated ? 2 * outputs : outputs;
+  g.strips = g.tokens <= 8
+                 ? cuda::strips_at_once(ceil_div(weight_rows, 16), g.block_limit, g.columns, g.multiprocessors)
+                 : cuda::tiles_at_once(g.row_tiles, g.block_limit, g.tokens, g.multiprocessors);
   check_launch(cuda::multiply(g, current_stream(x)));
   return out;
 }

@@ -1,4 +1,4 @@
-// Products of NVFP4 weights and few rows of x (16 at most, of one weight or of an expert) on Hopper.
+// Products of NVFP4 weights and few rows of x (at most 16 of one weight, 8 of an expert) on Hopper.
 //
 // There are hardly any sums to make: what counts is that weights arrive as fast as memory gives them, on all
 // multiprocessors until the end. A CTA stays on its multiprocessor for units that follow one another: `strips` times 16
@@ -372,7 +372,11 @@ cudaError_t launch(const Gemm& g, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t FOS_PRODUCT(multiply_few_)(const Gemm& g, cudaStream_t stream) {
-  return g.tokens == 8 ? launch<8>(g, stream) : launch<16>(g, stream);
+  if (g.tokens == 8) return launch<8>(g, stream);
+  if constexpr (!kExperts) {
+    if (g.tokens == 16) return launch<16>(g, stream);
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace fos::cuda

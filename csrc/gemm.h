@@ -52,10 +52,11 @@ struct Gemm {
   int block_limit;           // blocks there is room for
   Powers powers;
   // How it is launched.
-  int tokens;  // rows of x in a tile: 32, 64, 128 or 256; 8 or 16 are few
+  int tokens;  // rows of x in a tile: 32, 64, 128 or 256; 8, or 16 of one weight, are few
   int split;   // CTAs of a cluster that share the columns of a tile, 1 to 8; 1 of experts and of few rows
   int split_steps;  // steps of each of them, but for the last
-  int strips;  // of few rows: how many times 16 weight rows a CTA takes at once, 1 to 8
+  int strips;  // weight rows that a CTA multiplies with the same x at once: 1 to 8 times 16 of few rows of x, else 1 or 2
+               // tiles, of which 2 need at most 128 tokens and no split
   int multiprocessors;  // of the device
 };
 
@@ -120,6 +121,9 @@ constexpr bool few_rows_take(int64_t columns) { return columns % (2 * kStep) == 
 // How many times 16 weight rows a CTA of few rows takes at once, so that all end together: of `strips` of them for each
 // of `blocks` blocks of rows of x.
 int strips_at_once(int64_t strips, int64_t blocks, int64_t columns, int multiprocessors);
+
+// How many tiles of `tokens` rows of x a CTA takes at once, of `row_tiles` for each of `blocks` blocks.
+int tiles_at_once(int64_t row_tiles, int64_t blocks, int tokens, int multiprocessors);
 
 cudaError_t multiply(const Gemm& g, cudaStream_t stream);
 

@@ -229,40 +229,5 @@ cudaError_t allow_shared_memory(int bytes) {
   return cudaSuccess;
 }
 
-// --- x for the copy engine ---
-
-using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
-                                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-// The driver's function, through the runtime: nothing links libcuda.
-EncodeTiled encode_tiled() {
-  static const EncodeTiled function = [] {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    const cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
-    return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(found)
-                                                                         : nullptr;
-  }();
-  return function;
-}
-
-// x as boxes of 64 columns, `rows` rows and `steps` times 64 columns on; what lies outside of x reads as 0, but only for
-// the first of the steps, as they overlap in this view: only the first dimension knows where a row ends.
-bool map_of(const Gemm& g, int rows, int steps, CUtensorMap* map) {
-  const cuuint64_t shape[3] = {static_cast<cuuint64_t>(g.columns), static_cast<cuuint64_t>(g.rows),
-                               static_cast<cuuint64_t>(steps)};
-  const cuuint64_t pitch[2] = {static_cast<cuuint64_t>(g.columns) * 2, kStep * 2};
-  const cuuint32_t box[3] = {kStep, static_cast<cuuint32_t>(rows), static_cast<cuuint32_t>(steps)};
-  const cuuint32_t stride[3] = {1, 1, 1};
-  const auto type = kDtype == Dtype::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const EncodeTiled encode = encode_tiled();
-  return encode != nullptr &&
-         encode(map, type, 3, const_cast<void*>(g.x), shape, pitch, box, stride, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
 }  // namespace
 }  // namespace fos::cuda

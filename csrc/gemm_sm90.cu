@@ -10,14 +10,13 @@
 // how much they bring. A warpgroup multiplies with one set of registers while it unpacks into the other. A CTA has two
 // teams, so that one multiplies while the other unpacks or writes results; or one, of 256 tokens.
 //
-// Where tiles are few, a cluster shares their columns (`split`) and adds its sums, in the order of its ranks. Otherwise
-// CTAs stay and take tile after tile.
+// CTAs stay and take tile after tile. Where there are enough of them, both teams have tiles of the same tokens and read
+// one x: what the second-level cache can give limits tiles that bring an x each. Where tiles are few, a cluster shares
+// their columns (`split`) and adds its sums, in the order of its ranks.
 //
 // Compiled with FOS_DTYPE = bf16 or fp16 and FOS_OUTPUT = linear, gated or fp32, and -fmad=false: what is added is
 // rounded after it was multiplied.
-#include <cuda.h>
-
-#include "gemm_parts.cuh"
+#include "boxes_sm90.cuh"
 
 namespace fos::cuda {
 namespace {
@@ -36,9 +35,17 @@ constexpr int kChunk = kOutput == Output::gated ? 32 : 16;
 constexpr int kChunkPitch = kOutput == Output::gated ? 16 : 48;  // bytes of a token, so that no bank is met twice
 constexpr int kChunkBytes = kChunk * kChunkPitch;
 
-template <int kTokens>
+// How both teams' tiles lie to each other.
+enum class Teams { apart, beside };  // beside: neighbouring rows, the same tokens
+
+template <int kTokensOfTile, Teams teams>
 struct Shape {
+  static constexpr int kTokens = kTokensOfTile;
   static constexpr int kTeams = kTokens <= 128 ? 2 : 1;
+  static constexpr bool kBeside = teams == Teams::beside;
+  static_assert(kTeams == 2 || !kBeside);
+  // A ring of stages has the weights of as many tiles, and feeds as many teams.
+  static constexpr int kTilesBeside = kBeside ? kTeams : 1, kRings = kTeams / kTilesBeside;
   static constexpr int kConsumers = kTeams * kTeam, kThreads = kConsumers + kGroup;
   // Registers move from producers to consumers: a CTA begins with as many for each thread.
   static constexpr int kRegisters = kTeams == 2 ? 96 : 168;
@@ -49,47 +56,51 @@ struct Shape {
   // are not copied either.
   static constexpr int kHalf = kTokens / 2, kQuarter = kTokens >= 128 ? kTokens / 4 : kHalf;
   static constexpr int kThreeQuarters = kTokens >= 128 ? kTokens * 3 / 4 : kTokens;
-  // A team's memory: its stages, then what its warps write, then two barriers for each stage. In a stage tokens come
-  // first, as the swizzle wants them at a multiple of 1024 bytes.
-  static constexpr int kCodesAt = kSteps * kTokens * kStep * 2;
-  static constexpr int kScalesAt = kCodesAt + kSteps * kCodeBytes;
-  static constexpr int kStageBytes = (kScalesAt + kSteps * kScaleBytes + 1023) / 1024 * 1024;
-  static constexpr int kStagingBytes = kOutput == Output::fp32 ? 0 : kWarps * kChunkBytes;
-  static constexpr int kTeamBytes = kSharedMemory / kTeams / 1024 * 1024;
-  static constexpr int kStages = (kTeamBytes - kStagingBytes) / (kStageBytes + 16);
+  // A ring's memory: its stages, then what its teams' warps write, then two barriers for each stage. In a stage tokens
+  // come first, as the swizzle wants them at a multiple of 1024 bytes; then codes and scales, of a tile and the next.
+  static constexpr int kCodesOfTile = kSteps * kCodeBytes, kScalesOfTile = kSteps * kScaleBytes;
+  static constexpr int kCodesAt = kSteps * kTokens * kRowOfBox;
+  static constexpr int kScalesAt = kCodesAt + kTilesBeside * kCodesOfTile;
+  static constexpr int kStageBytes = (kScalesAt + kTilesBeside * kScalesOfTile + 1023) / 1024 * 1024;
+  static constexpr int kStagingBytes = kOutput == Output::fp32 ? 0 : kTilesBeside * kWarps * kChunkBytes;
+  static constexpr int kRingBytes = kSharedMemory / kRings / 1024 * 1024;
+  static constexpr int kStages = (kRingBytes - kStagingBytes) / (kStageBytes + 16);
   static constexpr int kStagingAt = kStages * kStageBytes;
   static constexpr int kBarriersAt = kStagingAt + kStagingBytes;
-  static constexpr int kBytes = kTeams * kTeamBytes;
-  static_assert(kBarriersAt + kStages * 16 <= kTeamBytes);
+  static constexpr int kBytes = kRings * kRingBytes;
+  static_assert(kBarriersAt + kStages * 16 <= kRingBytes);
   static_assert(kTokens * kTilePitch * 4 <= kStagingAt, "the sums of a split tile take the place of its stages");
 };
 
 // --- which tile ---
 
-// A tile of the product: weight rows from row_tile * kRowTile on, the tokens of a block.
+// A tile of the product, or two beside each other: weight rows from row_tile * kRowTile on, the tokens of a block.
 struct Tile {
   int row_tile;
   Block block;
 };
 
+// What rings are filled for, in turn. Of the last two tiles beside each other one may lie beyond the weight's rows.
+template <class S>
 struct Tiles {
-  int count;
+  int rows, count;
 
   __device__ __forceinline__ explicit Tiles(const Gemm& g) {
-    count = (g.blocks == nullptr ? g.block_limit : *g.blocks_in_use) * g.row_tiles;
+    rows = (g.row_tiles + S::kTilesBeside - 1) / S::kTilesBeside;
+    count = (g.blocks == nullptr ? g.block_limit : *g.blocks_in_use) * rows;
   }
 
   __device__ __forceinline__ Tile operator()(const Gemm& g, int index) const {
     if (g.blocks != nullptr) {
-      const int4 found = __ldg(reinterpret_cast<const int4*>(g.blocks) + index / g.row_tiles);
-      return {index % g.row_tiles, {found.x, found.y, found.z, 0}};
+      const int4 found = __ldg(reinterpret_cast<const int4*>(g.blocks) + index / rows);
+      return {index % rows * S::kTilesBeside, {found.x, found.y, found.z, 0}};
     }
     // Tokens first, 8 blocks of them at a time: tiles that run side by side share weights and x in the cache.
     constexpr int kSideBySide = 8;
-    const int first = index / (kSideBySide * g.row_tiles) * kSideBySide;
-    const int side = min(kSideBySide, g.block_limit - first), within = index - first * g.row_tiles;
-    const int begin = (first + within % side) * g.tokens;
-    return {within / side, {0, begin, min(begin + g.tokens, g.rows), 0}};
+    const int first = index / (kSideBySide * rows) * kSideBySide;
+    const int side = min(kSideBySide, g.block_limit - first), within = index - first * rows;
+    const int begin = (first + within % side) * S::kTokens;
+    return {within / side * S::kTilesBeside, {0, begin, min(begin + S::kTokens, g.rows), 0}};
   }
 };
 
@@ -274,10 +285,9 @@ __device__ __forceinline__ void write_rows(const Gemm& g, const Strip& strip, co
 // --- the kernel ---
 
 // Where a thread is in the ring of stages.
-template <int kTokens>
+template <class S>
 struct Ring {
-  using S = Shape<kTokens>;
-  uint32_t base;       // of the team's shared memory
+  uint32_t base;       // of the ring's shared memory
   uint32_t at = base;  // of the stage
   uint32_t barrier = base + S::kBarriersAt;
   uint32_t parity = 0;
@@ -299,41 +309,49 @@ struct Steps {
   int first, last;
 };
 
-// x as boxes of all tokens of a tile or of half of them, for a whole stage or for one step.
+// x as boxes of all tokens of a tile, or of half of them.
 struct Maps {
-  CUtensorMap of[2][2];
+  CUtensorMap of[2];
 };
 
 // Tokens of a tile that are copied, at least those of its block.
-template <int kTokens>
+template <class S>
 __device__ __forceinline__ int copied(const Block& block) {
-  return block.end - block.begin > Shape<kTokens>::kHalf ? kTokens : Shape<kTokens>::kHalf;
+  return block.end - block.begin > S::kHalf ? S::kTokens : S::kHalf;
 }
 
-// One thread brings all weights of a team's tiles: the `first`, and those `apart`.
-template <int kTokens>
-__device__ __forceinline__ void bring_weights(const Gemm& g, Ring<kTokens> ring, Steps steps, int first, int apart) {
-  using S = Shape<kTokens>;
+// What a ring is filled for: the `first`, and those `apart`.
+struct Share {
+  int first, apart;
+};
+
+// One thread brings all weights of a team's tiles, of which `beside` are before it.
+template <class S>
+__device__ __forceinline__ void bring_weights(const Gemm& g, Ring<S> ring, Steps steps, Share own, int beside) {
+  const uint32_t codes = S::kCodesAt + beside * S::kCodesOfTile, scales = S::kScalesAt + beside * S::kScalesOfTile;
   const auto copy = [&](const Tile& tile, int step) {
-    const int64_t from = (static_cast<int64_t>(tile.block.expert) * g.row_tiles + tile.row_tile) * g.steps + step;
+    // Beyond the last row of tiles that one is multiplied again, and dropped.
+    const int row_tile = S::kBeside ? min(tile.row_tile + beside, g.row_tiles - 1) : tile.row_tile;
+    const int64_t from = (static_cast<int64_t>(tile.block.expert) * g.row_tiles + row_tile) * g.steps + step;
     const int count = min(S::kSteps, steps.last - step);
-    expect_bytes(ring.full(), count * (kCodeBytes + kScaleBytes + copied<kTokens>(tile.block) * kStep * 2));
-    copy_bulk(ring.at + S::kCodesAt, g.codes + from * kCodeBytes, count * kCodeBytes, ring.full());
-    copy_bulk(ring.at + S::kScalesAt, g.block_scale + from * kScaleBytes, count * kScaleBytes, ring.full());
+    const int rows = beside == 0 ? copied<S>(tile.block) : 0;  // of x
+    expect_bytes(ring.full(), count * (kCodeBytes + kScaleBytes) + S::kSteps * rows * kRowOfBox);
+    copy_bulk(ring.at + codes, g.codes + from * kCodeBytes, count * kCodeBytes, ring.full());
+    copy_bulk(ring.at + scales, g.block_scale + from * kScaleBytes, count * kScaleBytes, ring.full());
     ring.advance();
   };
   int step = steps.first;
   if (g.blocks == nullptr) {
     // Weights may come before the kernel before this one has ended: it is not the one that made them (tiles_sm90.cu).
-    if (first < Tiles(g).count) {
-      const Tile tile = Tiles(g)(g, first);
+    if (own.first < Tiles<S>(g).count) {
+      const Tile tile = Tiles<S>(g)(g, own.first);
 #pragma unroll 1
       for (int i = 0; i < S::kStages && step < steps.last; ++i, step += S::kSteps) copy(tile, step);
     }
   }
   wait_for_kernel_before();
-  const Tiles tiles(g);
-  for (int index = first; index < tiles.count; index += apart) {
+  const Tiles<S> tiles(g);
+  for (int index = own.first; index < tiles.count; index += own.apart) {
     const Tile tile = tiles(g, index);
 #pragma unroll 1
     for (; step < steps.last; step += S::kSteps) {
@@ -346,50 +364,39 @@ __device__ __forceinline__ void bring_weights(const Gemm& g, Ring<kTokens> ring,
 }
 
 // And one all rows of x.
-template <int kTokens>
-__device__ __forceinline__ void bring_tokens(const Gemm& g, const Maps& maps, Ring<kTokens> ring, Steps steps, int first,
-                                             int apart) {
-  using S = Shape<kTokens>;
+template <class S>
+__device__ __forceinline__ void bring_tokens(const Gemm& g, const Maps& maps, Ring<S> ring, Steps steps, Share own) {
   wait_for_kernel_before();
-  const Tiles tiles(g);
-  for (int index = first; index < tiles.count; index += apart) {
+  const Tiles<S> tiles(g);
+  for (int index = own.first; index < tiles.count; index += own.apart) {
     const Tile tile = tiles(g, index);
-    const int rows = copied<kTokens>(tile.block), half = rows < kTokens;
+    const int rows = copied<S>(tile.block), half = rows < S::kTokens;
 #pragma unroll 1
     for (int step = steps.first; step < steps.last; step += S::kSteps, ring.advance()) {
       wait_long(ring.empty(), ring.parity ^ 1);
-      // Of several steps, the map knows only for the first where a row ends.
-      const bool whole = step + S::kSteps <= steps.last && (step + S::kSteps) * kStep <= g.columns;
-      if (S::kSteps == 1 || whole) {
-        copy_box(ring.at, &maps.of[half][0], step * kStep, tile.block.begin, 0, ring.full());
-      } else {
-        for (int i = 0; i < S::kSteps && step + i < steps.last; ++i) {
-          copy_box(ring.at + i * rows * kStep * 2, &maps.of[half][1], (step + i) * kStep, tile.block.begin, 0, ring.full());
-        }
-      }
+      copy_steps(g, maps.of[half], ring.at, tile.block.begin, rows, step, S::kSteps, ring.full());
     }
   }
 }
 
 // How many tokens a tile multiplies: as few as its block has, in parts of the most.
-template <int kTokens>
+template <class S>
 __device__ __forceinline__ uint32_t parts_of(const Block& block) {
-  using S = Shape<kTokens>;
   const int count = block.end - block.begin;
-  if (count > S::kThreeQuarters || (kTokens == S::kThreeQuarters && count > S::kHalf)) return 4;
+  if (count > S::kThreeQuarters || (S::kTokens == S::kThreeQuarters && count > S::kHalf)) return 4;
   return count > S::kHalf ? 3 : count > S::kQuarter ? 2 : 1;
 }
 
 // A warpgroup's sums of a tile by wgmma: 64 weight rows, all tokens of `parts`.
-template <int kTokens>
+template <class S>
 struct Multiply {
-  using S = Shape<kTokens>;
+  static constexpr int kTokens = S::kTokens;
   // k16 blocks that are multiplied at once, while the next as many are unpacked into other registers: half of a stage.
   static constexpr int kBlocks = S::kSteps * 2;
   using Values = uint32_t[kBlocks][4];
 
   const Powers& by;
-  Ring<kTokens>& ring;
+  Ring<S>& ring;
   float (&sums)[kTokens / 2];
   uint32_t parts, rows;    // what is multiplied, and copied, of the tokens
   uint32_t codes, scales;  // of the thread, in a stage
@@ -404,7 +411,6 @@ struct Multiply {
   __device__ __forceinline__ void multiply(Values& values, uint32_t tokens) {
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) settle(values[i]);
-    wgmma_fence();
     if (parts == 4) {
       multiply_part<kTokens>(values, tokens);
     } else if (S::kThreeQuarters < kTokens && parts == 3) {
@@ -418,6 +424,7 @@ struct Multiply {
   template <int kCount>
   __device__ __forceinline__ void multiply_part(const Values& values, uint32_t tokens) {
     float(&some)[kCount / 2] = reinterpret_cast<float(&)[kCount / 2]>(sums);
+    wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
       Wgmma<Value, kCount>::multiply(some, values[i], swizzled_operand(tokens + i * kBlock * 2 / 16));
@@ -468,7 +475,7 @@ struct Multiply {
           widen_scales(next, scale);
           unpack_half<false>(next, scale, odd[0], odd[1]);
           unpack_half<true>(next, scale, odd[2], odd[3]);
-          multiply(odd, ring.at / 16 + rows * (kStep * 2 / 16));
+          multiply(odd, ring.at / 16 + rows * (kRowOfBox / 16));
         }
       }
       held = ring.empty();
@@ -480,27 +487,26 @@ struct Multiply {
 };
 
 // `kShared`: a cluster shares the columns of a tile for each of its teams.
-template <int kTokens, bool kShared>
-__global__ void __launch_bounds__(Shape<kTokens>::kThreads, 1)
-    gemm(const __grid_constant__ Maps maps, const Gemm g) {
-  using S = Shape<kTokens>;
+template <class S, bool kShared>
+__global__ void __launch_bounds__(S::kThreads, 1) gemm(const __grid_constant__ Maps maps, const Gemm g) {
+  constexpr int kTokens = S::kTokens;
   extern __shared__ __align__(1024) uint8_t memory[];
   const int warp_of_all = uniform(threadIdx.x / kWarp), lane = threadIdx.x % kWarp;
   const bool consumes = warp_of_all < S::kTeams * kWarps;
   const int producer = warp_of_all - S::kTeams * kWarps;  // two of a team
   const int team = consumes ? warp_of_all / kWarps : producer / 2;
-  const int warp = warp_of_all % kWarps;
   // First teams have the first tiles, so that every multiprocessor has one before some have two.
   const int split = kShared ? g.split : 1, rank = blockIdx.x % split, clusters = gridDim.x / split;
-  const int first = blockIdx.x / split + team * clusters, apart = clusters * S::kTeams;
+  const int of_rings = S::kBeside ? 0 : team;
+  const Share own = {static_cast<int>(blockIdx.x) / split + of_rings * clusters, clusters * S::kRings};
   const Steps steps = kShared ? Steps{min(g.steps, rank * g.split_steps), min(g.steps, (rank + 1) * g.split_steps)}
                               : Steps{0, g.steps};
-  Ring<kTokens> ring{shared_address(memory) + team * S::kTeamBytes};
+  Ring<S> ring{shared_address(memory) + of_rings * S::kRingBytes};
 
-  if (!consumes && producer % 2 == 0 && team < S::kTeams && lane == 0) {
+  if (!consumes && producer % 2 == 0 && team < S::kRings && lane == 0) {
     for (int i = 0; i < S::kStages; ++i) {
-      barrier_init(ring.full() + i * 16, 1);
-      barrier_init(ring.empty() + i * 16, kWarps);
+      barrier_init(ring.full() + i * 16, S::kTilesBeside);
+      barrier_init(ring.empty() + i * 16, S::kTilesBeside * kWarps);
     }
     barriers_ready();
   }
@@ -508,11 +514,11 @@ __global__ void __launch_bounds__(Shape<kTokens>::kThreads, 1)
 
   if (!consumes) {
     give_registers<S::kProducerRegisters>();
-    if (lane == 0 && team < S::kTeams) {
-      if (producer % 2 == 0) {
-        bring_weights(g, ring, steps, first, apart);
-      } else {
-        bring_tokens(g, maps, ring, steps, first, apart);
+    if (lane == 0) {
+      if (producer % 2 == 0 && team < S::kTeams) {
+        bring_weights(g, ring, steps, own, team - of_rings);
+      } else if (producer % 2 == 1 && team < S::kRings) {
+        bring_tokens(g, maps, ring, steps, own);
       }
     }
     __syncwarp();
@@ -525,22 +531,28 @@ __global__ void __launch_bounds__(Shape<kTokens>::kThreads, 1)
 
   take_registers<S::kConsumerRegisters>();
   keep(ring.base);
-  const int group = warp * kWarp / kGroup, thread = threadIdx.x % kGroup;
-  uint32_t codes = S::kCodesAt + group * (kCodeBytes / 2) + thread * 16;
+  // Of the warps that read a ring. Asked for again after each tile: no register would hold it meanwhile.
+  const auto warp = [] {
+    const unsigned of_all = uniform(threadIdx.x / kWarp);
+    return static_cast<int>(S::kBeside ? of_all : of_all % kWarps);
+  };
+  const int group = warp() * kWarp / kGroup, thread = threadIdx.x % kGroup;
+  uint32_t codes = S::kCodesAt + group / kGroups * S::kCodesOfTile + group % kGroups * (kCodeBytes / 2) + thread * 16;
   keep(codes);
+  // Four threads read the scales of their 64 bytes of codes.
   const uint32_t scales = S::kScalesAt + (codes - S::kCodesAt) / 64 * 8;
   uint32_t speaks = lane == 0;
   keep(speaks);
   const auto multiply = [&](const Block& block, int steps_of_tile, float (&sums)[kTokens / 2]) {
-    Multiply<kTokens>{g.powers, ring,  sums,   parts_of<kTokens>(block), static_cast<uint32_t>(copied<kTokens>(block)),
-                      codes,    scales, speaks}(steps_of_tile);
+    Multiply<S>{g.powers, ring,   sums,  parts_of<S>(block), static_cast<uint32_t>(copied<S>(block)),
+                codes,    scales, speaks}(steps_of_tile);
   };
   wait_for_kernel_before();
   if constexpr (kShared) {
     // One tile a team: its sums take the place of the stages, once both warpgroups are done with those.
-    float* staged = reinterpret_cast<float*>(memory + team * S::kTeamBytes);
-    const bool has_tile = first < Tiles(g).count;
-    const Tile tile = Tiles(g)(g, has_tile ? first : 0);
+    float* staged = reinterpret_cast<float*>(memory + team * S::kRingBytes);
+    const bool has_tile = own.first < Tiles<S>(g).count;
+    const Tile tile = Tiles<S>(g)(g, has_tile ? own.first : 0);
     if (has_tile) {
       float sums[kTokens / 2] = {};
       multiply(tile.block, steps.last - steps.first, sums);
@@ -551,43 +563,44 @@ __global__ void __launch_bounds__(Shape<kTokens>::kThreads, 1)
     if (has_tile) write_split<kTokens>(g, tile, staged, rank, threadIdx.x % kTeam);
     cluster_sync();  // nobody ends while others read its sums
   } else {
-    for (int index = first; index < Tiles(g).count; index += apart) {
-      const Tile tile = Tiles(g)(g, index);
+    for (int index = own.first; index < Tiles<S>(g).count; index += own.apart) {
+      const Tile tile = Tiles<S>(g)(g, index);
       float sums[kTokens / 2] = {};
       multiply(tile.block, g.steps, sums);
-      write_rows<kTokens>(g, Strip(g, tile, warp, lane), tile.block, sums,
-                          ring.base + S::kStagingAt + warp * kChunkBytes, lane);
+      write_rows<kTokens>(g, Strip(g, tile, warp(), lane), tile.block, sums,
+                          ring.base + S::kStagingAt + warp() * kChunkBytes, lane);
     }
   }
 }
 
 // --- launching ---
 
-template <int kTokens, bool kShared>
+template <class S, bool kShared>
 cudaError_t launch(const Gemm& g, cudaStream_t stream) {
-  using S = Shape<kTokens>;
-  if (const cudaError_t error = allow_shared_memory<gemm<kTokens, kShared>>(S::kBytes)) return error;
+  if (const cudaError_t error = allow_shared_memory<gemm<S, kShared>>(S::kBytes)) return error;
   Maps maps;
   for (int half = 0; half < 2; ++half) {
-    const int rows = half ? S::kHalf : kTokens;
-    if (!map_of(g, rows, S::kSteps, &maps.of[half][0])) return cudaErrorInvalidValue;
-    if (S::kSteps > 1 && !map_of(g, rows, 1, &maps.of[half][1])) return cudaErrorInvalidValue;
+    const int rows = half ? S::kHalf : S::kTokens;
+    if (!map_of(g, rows, S::kSteps, &maps.of[half])) return cudaErrorInvalidValue;
   }
-  const int64_t tiles = static_cast<int64_t>(g.block_limit) * g.row_tiles;
+  const int64_t tiles = g.block_limit * ceil_div(g.row_tiles, S::kTilesBeside);
   // A cluster that shares tiles takes one for each team at most; other CTAs stay for as many as there are.
   const int64_t at_once = g.multiprocessors / g.split, least = kShared ? ceil_div(tiles, S::kTeams) : 1;
   const int64_t clusters = tiles < at_once ? tiles : least > at_once ? least : at_once;
   const dim3 grid(static_cast<unsigned>(g.split * clusters));
   const unsigned cluster = kShared ? static_cast<unsigned>(g.split) : 0;
-  return launch_early(gemm<kTokens, kShared>, grid, cluster, S::kThreads, S::kBytes, stream, maps, g);
+  return launch_early(gemm<S, kShared>, grid, cluster, S::kThreads, S::kBytes, stream, maps, g);
 }
 
 template <int kTokens>
 cudaError_t launch(const Gemm& g, cudaStream_t stream) {
   if constexpr (kOutput == Output::linear) {
-    if (g.split > 1) return launch<kTokens, true>(g, stream);
+    if (g.split > 1) return launch<Shape<kTokens, Teams::apart>, true>(g, stream);
   }
-  return launch<kTokens, false>(g, stream);
+  if constexpr (Shape<kTokens, Teams::apart>::kTeams == 2) {
+    if (g.strips > 1) return launch<Shape<kTokens, Teams::beside>, false>(g, stream);
+  }
+  return launch<Shape<kTokens, Teams::apart>, false>(g, stream);
 }
 
 }  // namespace

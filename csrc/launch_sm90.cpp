@@ -34,6 +34,10 @@ int strips_at_once(int64_t strips, int64_t blocks, int64_t columns, int multipro
   return best;
 }
 
+int tiles_at_once(int64_t row_tiles, int64_t blocks, int tokens, int multiprocessors) {
+  return tokens <= 128 && blocks * (row_tiles / 2) >= multiprocessors ? 2 : 1;
+}
+
 Launch launch_of(int rows, int columns, int outputs, bool any_rows, int multiprocessors) {
   const int64_t row_tiles = ceil_div(outputs, kRowTile), steps = ceil_div(columns, kStep);
   if (rows <= 16 && !any_rows && few_rows_take(columns)) {

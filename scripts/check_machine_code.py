@@ -50,6 +50,8 @@ shift. Budgets are 7 to 10 % above what ptxas of CUDA 13.0 makes of the sources,
 tokens.
 """
 
+ONE_WEIGHTS = 16
+"""Tokens of the kernel that there is for one weight alone, not for experts."""
 WEIGHTS_AT_ONCE = 8
 """Weights of a thread in one multiplication: 64x16 of 128 threads in HGMMA, 16x16 of 32 in HMMA."""
 HMMA_TOKENS = 8
@@ -131,7 +133,10 @@ class Object:
                 yield f"{found[tokens]:.2f} instructions a weight for {tokens} tokens, budget {budgets[tokens]}"
 
     def budgets(self) -> Mapping[int, float]:
-        return BUDGETS.get((self.source, self.options[0]), {}) if self.options else {}
+        if not self.options:
+            return {}
+        budgets = BUDGETS.get((self.source, self.options[0]), {})
+        return {tokens: most for tokens, most in budgets.items() if tokens != ONE_WEIGHTS or "linear" in self.options}
 
     def instructions_a_weight(self) -> dict[int, float]:
         """Of the main loop of each kernel, by its tokens."""
@@ -140,7 +145,7 @@ class Object:
             return {}
         found: dict[int, float] = {}
         for name, code in functions(self.machine_code).items():
-            parameter = re.search(r"\d(?:gemm|few)ILi(\d+)E(?:Lb\dE)?E", name)
+            parameter = re.search(r"\d(?:gemm|few)I(?:\w*ShapeI)?Li(\d+)E", name)
             loop = main_loop(code, multiplication)
             if parameter is None or loop is None:
                 continue

@@ -159,6 +159,17 @@ def random_weight(*shape: int, g: torch.Generator) -> NVFP4Tensor:
     return NVFP4Tensor(packed, block_scale.view(torch.float8_e4m3fn), decode_scale)
 
 
+def random_experts(E: int, H: int, inner: int, g: torch.Generator) -> tuple[NVFP4Tensor, NVFP4Tensor]:
+    return random_weight(E, 2 * inner, H, g=g), random_weight(E, H, inner, g=g)
+
+
+def routing(tokens: int, E: int, top_k: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Weights [tokens, top_k], and as ids the experts of the largest of random numbers: each at most once a token."""
+    scores = torch.rand(tokens, E, generator=g, device=g.device)
+    weights = torch.rand(tokens, top_k, generator=g, device=g.device) + 0.1
+    return weights, scores.topk(top_k, dim=-1).indices.int()
+
+
 def power_of_two(exponent: Tensor) -> Tensor:
     """2^exponent of integers in fp64, put together from bits: not every library's exp2 is exact."""
     return (exponent.long() + 1023 << 52).view(torch.float64)

@@ -26,15 +26,16 @@ from products import (
     prepared_bytes,
     quantized_x,
     randint,
+    random_experts,
     random_weight,
     random_x,
+    routing,
     whole_weight,
 )
 from torch import Tensor
 
 from fouroversix_plugin import reference
 from fouroversix_plugin.kernels import ops
-from fouroversix_plugin.nvfp4 import NVFP4Tensor
 from fouroversix_plugin.recipe import Recipe
 
 # (E, top_k, H, I)
@@ -48,17 +49,6 @@ by_shape = over("shape", SMALL, ALL, ALL[:-1])
 by_scheme = pytest.mark.parametrize("activations", [None, Recipe()], ids=["W4A16", "W4A4"])
 by_place = pytest.mark.parametrize("on_input", [False, True], ids=["weight-on-output", "weight-on-input"])
 prepared_only = pytest.mark.parametrize("products", [CPU[0], CUDA[0]])
-
-
-def random_experts(E: int, H: int, inner: int, g: torch.Generator) -> tuple[NVFP4Tensor, NVFP4Tensor]:
-    return random_weight(E, 2 * inner, H, g=g), random_weight(E, H, inner, g=g)
-
-
-def routing(tokens: int, E: int, top_k: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Weights [tokens, top_k], and as ids the experts of the largest of random numbers: each at most once a token."""
-    scores = torch.rand(tokens, E, generator=g, device=g.device)
-    weights = torch.rand(tokens, top_k, generator=g, device=g.device) + 0.1
-    return weights, scores.topk(top_k, dim=-1).indices.int()
 
 
 def check(what: str, y: Tensor, expected: Expected, hidden: int) -> None:

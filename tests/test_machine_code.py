@@ -69,7 +69,7 @@ WORK = "LOP3.LUT R0, R0, 0x10, RZ, 0x3c, !PT"
 def gemm(tokens: int, work: int = 100, multiplication: str = HGMMA) -> str:
     """A loop of ``work`` + 9 instructions with 4 multiplications for 32 weights, in another one."""
     return disassembly(
-        f"_ZN3fos4cuda12_gemm_sm90_cu_0237f8544gemmILi{tokens}EEEv14CUtensorMap_stNS0_4GemmE",
+        f"_ZN3fos4cuda12_gemm_sm90_cu_0237f8544gemmINS1_5ShapeILi{tokens}ELNS1_5TeamsE0EEELb0EEEvNS1_4MapsENS0_4GemmE",
         f"unit: {WORK}",
         f"step: {WORK}",
         "@!P0 BRA {wait}",

@@ -21,7 +21,7 @@ DTYPES: Final = (torch.bfloat16, torch.float16)
 
 _ACTIVATIONS: Final = get_args(Activation)
 _TILE_ROWS: Final = (8, 32, 64, 128)
-_FEW_ROWS: Final = 16
+_FEW_ROWS: Final = 8
 """Tiles of as many rows are the kernel's for few rows, which finds them anywhere in x."""
 
 _batch_invariant = False
