@@ -42,6 +42,7 @@ from vllm.inputs import TokensPrompt
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.outputs import RequestOutput
+from vllm.platforms import current_platform
 
 from fouroversix_plugin.kernels import blackwell, ops
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
@@ -214,6 +215,8 @@ def run(job: dict[str, Any], request: dict[str, Any], watch: Watch, scores: Path
         logger.removeHandler(lines)
         del llm
         cleanup_dist_env_and_memory()
+        # Gone with the graphs that were in it: those of the next engine need another.
+        type(current_platform)._global_graph_pool = None
 
 
 def main(request_file: Path, out: Path) -> None:
