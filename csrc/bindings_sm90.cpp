@@ -159,7 +159,9 @@ Tensor linear(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, O
   g.multiprocessors = multiprocessors();
   if (tokens == 0) launch = cuda::launch_of(g.rows, g.columns, g.outputs, any_rows, g.multiprocessors);
   STD_TORCH_CHECK(launch.split >= 1 && launch.split <= 8, "split: got ", launch.split, ", needed 1 to 8");
-  STD_TORCH_CHECK(launch.strips >= 1 && launch.strips <= 8, "strips: got ", launch.strips, ", needed 1 to 8");
+  const int most_strips = launch.tokens <= 16 ? 8 : 1;
+  STD_TORCH_CHECK(launch.strips >= 1 && launch.strips <= most_strips, "strips: got ", launch.strips, ", needed 1 to ",
+                  most_strips, " with ", launch.tokens, " tokens a tile");
   g.tokens = launch.tokens;
   g.split = launch.split;
   g.split_steps = int_of(ceil_div(g.steps, g.split));

@@ -55,8 +55,8 @@ struct Gemm {
   int tokens;  // rows of x in a tile: 32, 64, 128 or 256; 8, or 16 of one weight, are few
   int split;   // CTAs of a cluster that share the columns of a tile, 1 to 8; 1 of experts and of few rows
   int split_steps;  // steps of each of them, but for the last
-  int strips;  // weight rows that a CTA multiplies with the same x at once: 1 to 8 times 16 of few rows of x, else 1 or 2
-               // tiles, of which 2 need at most 128 tokens and no split
+  int strips;  // weight rows that a CTA multiplies with the same x at once: 1 to 8 times 16 of few rows of x, else one
+               // tile, or two of experts with at most 128 tokens
   int multiprocessors;  // of the device
 };
 

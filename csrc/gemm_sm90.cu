@@ -10,9 +10,10 @@
 // how much they bring. A warpgroup multiplies with one set of registers while it unpacks into the other. A CTA has two
 // teams, so that one multiplies while the other unpacks or writes results; or one, of 256 tokens.
 //
-// CTAs stay and take tile after tile. Where there are enough of them, both teams have tiles of the same tokens and read
-// one x: what the second-level cache can give limits tiles that bring an x each. Where tiles are few, a cluster shares
-// their columns (`split`) and adds its sums, in the order of its ranks.
+// CTAs stay and take tile after tile. Of experts that have enough of them, both teams take tiles of the same tokens and
+// read one x: what the second-level cache can give limits tiles that bring an x each. (One weight's many tokens are better
+// off in tiles of 256.) Where tiles are few, a cluster shares their columns (`split`) and adds its sums, in the order of
+// its ranks.
 //
 // Compiled with FOS_DTYPE = bf16 or fp16 and FOS_OUTPUT = linear, gated or fp32, and -fmad=false: what is added is
 // rounded after it was multiplied.
@@ -596,8 +597,7 @@ template <int kTokens>
 cudaError_t launch(const Gemm& g, cudaStream_t stream) {
   if constexpr (kOutput == Output::linear) {
     if (g.split > 1) return launch<Shape<kTokens, Teams::apart>, true>(g, stream);
-  }
-  if constexpr (Shape<kTokens, Teams::apart>::kTeams == 2) {
+  } else if constexpr (Shape<kTokens, Teams::apart>::kTeams == 2) {
     if (g.strips > 1) return launch<Shape<kTokens, Teams::beside>, false>(g, stream);
   }
   return launch<Shape<kTokens, Teams::apart>, false>(g, stream);
