@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT, assert_close
 from engines import SMALL, concatenated, flat, options, random_model, run_engine, stored
 from safetensors.torch import load_file, save_file
@@ -44,8 +45,9 @@ TOKENS = 12
 METHOD = ["--quantization", "nvfp4_4over6"]
 RUNNER = ["--moe-runner-backend", "fouroversix"]
 TWO = ["--tp", "2"]
-HALVES = ["--ep-size", "2"]
-"""Each rank has half of the experts, instead of half of each."""
+CONFIGS = ROOT / "configs" / "serve"
+HALVES = ["--config", str(CONFIGS / "sglang-experts.yaml")]
+"""Two ranks, each with half of the experts, instead of half of each."""
 
 
 def asking_for(recipe: str, **more: Any) -> list[str]:
@@ -69,16 +71,25 @@ def run_python(script: str | Path, *arguments: str, release: Path | None = None)
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+def spelled(config: Path) -> list[str]:
+    """A file for --config as flags."""
+    flags: list[str] = []
+    for name, value in yaml.safe_load(config.read_text()).items():
+        flags += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return flags
+
+
 def served(
     folder: Path, name: str, model: Path, prompts: list[list[int]], flags: list[str], release: Path | None = None
 ) -> dict[str, Any]:
     """Logprobs of the prompts and the tokens that follow them, by a server of SGLang's that starts and stops."""
-    variables = environment(release)
-    if TWO[0] in flags:
+    variables, on_cpu = environment(release), CONFIGS / "sglang-cpu.yaml"
+    if TWO[0] in flags or HALVES[0] in flags:
         variables["SGLANG_CPU_OMP_THREADS_BIND"] = "0|1"
     command = ["env", *(f"{key}={value}" for key, value in variables.items()), str(SGLANG / "bin" / "python")]
     command += ["-m", "sglang.launch_server", "--model-path", str(model), "--skip-server-warmup"]
-    command += ["--config", str(ROOT / "configs" / "serve" / "sglang-cpu.yaml"), *flags]
+    # SGLang reads one file: beside another, flags stand for the one of CPUs.
+    command += [*(spelled(on_cpu) if HALVES[0] in flags else ["--config", str(on_cpu)]), *flags]
     return ask_server(shlex.join(command), folder / f"{name}.log", prompts, TOKENS)
 
 
@@ -143,8 +154,8 @@ def answers(
         "shared": (small / "shared", SMALL_PROMPTS, ["--skip-tokenizer-init", *exact]),
         "two online": (small / "bf16", SMALL_PROMPTS, [*bare, *TWO, *asking_for("w4a16"), *RUNNER]),
         "two stored": (small / "w4a16", SMALL_PROMPTS, [*bare, *TWO]),
-        "two with experts": (small / "w4a16", SMALL_PROMPTS, [*bare, *TWO, *HALVES]),
-        "two with experts online": (small / "bf16", SMALL_PROMPTS, [*bare, *TWO, *HALVES, *asking_for("w4a16")]),
+        "two with experts": (small / "w4a16", SMALL_PROMPTS, [*bare, *HALVES]),
+        "two with experts online": (small / "bf16", SMALL_PROMPTS, [*bare, *HALVES, *asking_for("w4a16")]),
     }
     full = {"dtype": "float32"}
     vllm: dict[str, dict[str, Any]] = {
