@@ -159,7 +159,7 @@ Tensor linear(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, O
   g.multiprocessors = multiprocessors();
   if (tokens == 0) launch = cuda::launch_of(g.rows, g.columns, g.outputs, any_rows, g.multiprocessors);
   STD_TORCH_CHECK(launch.split >= 1 && launch.split <= 8, "split: got ", launch.split, ", needed 1 to 8");
-  const int most_strips = launch.tokens <= 16 ? 8 : 1;
+  const int most_strips = launch.tokens <= cuda::kFewRows ? 8 : 1;
   STD_TORCH_CHECK(launch.strips >= 1 && launch.strips <= most_strips, "strips: got ", launch.strips, ", needed 1 to ",
                   most_strips, " with ", launch.tokens, " tokens a tile");
   g.tokens = launch.tokens;
@@ -246,15 +246,16 @@ Tensor multiply_experts(Tensor x, Tensor codes, Tensor block_scale, Tensor decod
   g.blocks_in_use = ints(in_use);
   g.block_limit = int_of(blocks.size(0));
   g.tokens = int_of(tokens);
-  STD_TORCH_CHECK(g.tokens <= 8 || g.x_row == nullptr, "x_row: needed None with more than 8 rows in a block");
+  const bool few = g.tokens <= cuda::kFewExpertRows;
+  STD_TORCH_CHECK(few || g.x_row == nullptr, "x_row: needed None with more than ", cuda::kFewExpertRows,
+                  " rows in a block");
   const int64_t rows = x_row.has_value() ? x_row->numel() : x.size(0);
   Tensor out = torch::stable::new_empty(x, {rows, outputs}, gated ? x.scalar_type() : ScalarType::Float);
   g.out = out.data_ptr();
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   g.multiprocessors = multiprocessors();
   const int64_t weight_rows = gated ? 2 * outputs : outputs;
-  g.strips = g.tokens <= 8
-                 ? cuda::strips_at_once(ceil_div(weight_rows, 16), g.block_limit, g.columns, g.multiprocessors)
+  g.strips = few ? cuda::strips_at_once(ceil_div(weight_rows, 16), g.block_limit, g.columns, g.multiprocessors)
                  : cuda::tiles_at_once(g.row_tiles, g.block_limit, g.tokens, g.multiprocessors);
   check_launch(cuda::multiply(g, current_stream(x)));
   return out;

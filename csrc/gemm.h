@@ -113,6 +113,7 @@ struct Launch {
 // rows there are.
 Launch launch_of(int rows, int columns, int outputs, bool any_rows, int multiprocessors);
 
+constexpr int kFewRows = 16, kFewExpertRows = 8;  // of x at most that count as few: of one weight, of an expert
 constexpr int kFewWarps = 16;  // that multiply, of a CTA of few rows: a pair of steps each at once
 
 // Whether the kernel for few rows takes x with as many columns: pairs of whole steps, or few enough to come at once.

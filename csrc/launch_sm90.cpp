@@ -40,7 +40,7 @@ int tiles_at_once(int64_t row_tiles, int64_t blocks, int tokens, int multiproces
 
 Launch launch_of(int rows, int columns, int outputs, bool any_rows, int multiprocessors) {
   const int64_t row_tiles = ceil_div(outputs, kRowTile), steps = ceil_div(columns, kStep);
-  if (rows <= 16 && !any_rows && few_rows_take(columns)) {
+  if (rows <= kFewRows && !any_rows && few_rows_take(columns)) {
     return {rows <= 8 ? 8 : 16, 1, strips_at_once(ceil_div(outputs, 16), 1, columns, multiprocessors)};
   }
   // What a step takes on a multiprocessor with one tile, or with two at once (of 256 tokens: one after the other), and
@@ -80,7 +80,7 @@ Launch launch_of(int rows, int columns, int outputs, bool any_rows, int multipro
 
 cudaError_t multiply(const Gemm& g, cudaStream_t stream) {
   if (g.rows == 0 || g.block_limit == 0) return cudaSuccess;
-  const auto& kernels = g.tokens <= 16 ? kFew : kMany;
+  const auto& kernels = g.tokens <= kFewRows ? kFew : kMany;
   return kernels[static_cast<int>(g.dtype)][static_cast<int>(g.output)](g, stream);
 }
 
