@@ -8,9 +8,12 @@
 // warp leaves its sums in shared memory and goes on. Beside these warps one has the copy engine bring x, which stays
 // where there is room for it, and two add up what was left of a unit, in the order of the warps.
 //
+// What limits how fast x comes is how many copies there are: rows of experts, which lie anywhere, and the fewest are a copy
+// each; others are a box, a copy for a whole chunk of columns.
+//
 // Results of one weight are `linear`, those of experts `gated` or `fp32`. How weights become 16-bit numbers, and sums
 // results, is in gemm_parts.cuh.
-#include "gemm_parts.cuh"
+#include "boxes_sm90.cuh"
 
 namespace fos::cuda {
 namespace {
@@ -37,8 +40,9 @@ struct Plan {
   int warps, warps_inverse;    // of a strip; warp / warps is warp * warps_inverse >> 8
   int pieces_inverse;          // item / pieces of a unit is item * pieces_inverse >> 16
   // x comes in chunks: a pair for each of a strip's warps.
-  int slot_rows, pitch;  // rows of x that a slot holds, and their bytes; ldmatrix meets no bank twice
   int chunks, slots;     // of a block, and what there is room for
+  int slot_bytes;
+  int slot_rows, pitch;  // rows of x that a slot holds, and their bytes, where no boxes do; ldmatrix meets no bank twice
 };
 
 // The units of a CTA, one after the other.
@@ -81,67 +85,96 @@ __device__ __forceinline__ int held(int value) {
   return value;
 }
 
-template <int kTokens>
-__global__ void __launch_bounds__(kThreads, 1) few(const Gemm g, const Plan plan) {
+// `kBoxes`: of x, whose rows lie together.
+template <int kTokens, bool kBoxes>
+__global__ void __launch_bounds__(kThreads, 1)
+    few(const __grid_constant__ CUtensorMap boxes, const Gemm g, const Plan plan) {
   constexpr int kUnitSums = kWarps * kTokens * kSumPitch;
-  extern __shared__ __align__(128) uint8_t memory[];
+  extern __shared__ __align__(1024) uint8_t memory[];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int busy_warps = g.strips * plan.warps, slot_bytes = plan.slot_rows * plan.pitch;
+  const int busy_warps = g.strips * plan.warps;
   const uint32_t x_at = shared_address(memory);
-  float* sums_at = reinterpret_cast<float*>(memory + plan.slots * slot_bytes);
+  float* sums_at = reinterpret_cast<float*>(memory + plan.slots * plan.slot_bytes);
   const uint32_t full = shared_address(sums_at + kPlaces * kUnitSums), empty = full + plan.slots * 8;
   const uint32_t left_sums = empty + plan.slots * 8, free_sums = left_sums + kPlaces * 8;
   // x stays for all units of a block.
   const bool stays = plan.chunks <= plan.slots;
 
-  if (warp < kWarps) {
-    const int strip = warp * plan.warps_inverse >> 8, group = warp - strip * plan.warps;
-    const bool busy = warp < busy_warps;
-
-    // Weights, a pair of steps after the other, whatever unit they are of. Those of one matrix may come before the
-    // kernel before this one has ended: it is not the one that made them. Which experts there are it may have said.
-    if constexpr (kExperts) wait_for_kernel_before();
-    Units unit = units_of_cta(g, plan);
-    if (!busy) unit.left = 0;
-    Units asked = unit;
-    int asked_pair = group;
-    const uint8_t *codes = nullptr, *scales = nullptr;  // of this lane, in that pair
-    const auto find_weights = [&] {
-      if (asked.left <= 0) return;
-      // Beyond the last strip the last is multiplied again, and dropped.
-      const int own = min(asked.rows * g.strips + strip, plan.strips - 1), expert = block_of(g, asked.block).expert;
-      const int64_t tile = static_cast<int64_t>(expert * g.row_tiles + own / kTileStrips) * g.steps + 2 * group;
-      codes = g.codes + tile * kCodeBytes + own % kTileStrips * kStripCodes + lane * 16;
-      scales = g.block_scale + tile * kScaleBytes + own % kTileStrips * kStripScales + lane / 4 * 8;
-    };
+  // Of a warp that multiplies: weights, a pair of steps after the other, whatever unit they are of.
+  const int strip = warp * plan.warps_inverse >> 8, group = warp - strip * plan.warps;
+  Units unit = {}, asked = {};
+  int asked_pair = group;
+  const uint8_t *codes = nullptr, *scales = nullptr;  // of this lane, in that pair
+  int lone = 0, next_codes = 0, next_scales = 0;
+  const auto find_weights = [&] {
+    if (asked.left <= 0) return;
+    // Beyond the last strip the last is multiplied again, and dropped.
+    const int own = min(asked.rows * g.strips + strip, plan.strips - 1), expert = block_of(g, asked.block).expert;
+    const int64_t tile = static_cast<int64_t>(expert * g.row_tiles + own / kTileStrips) * g.steps + 2 * group;
+    codes = g.codes + tile * kCodeBytes + own % kTileStrips * kStripCodes + lane * 16;
+    scales = g.block_scale + tile * kScaleBytes + own % kTileStrips * kStripScales + lane / 4 * 8;
+  };
+  const auto ask = [&](Packed (&w)[2]) {
+    if (asked.left <= 0) return;
+    w[0].load(codes, scales);
+    if (asked_pair != lone) w[1].load(codes + kCodeBytes, scales + kScaleBytes);
+    else w[1] = Packed{};
+    codes += next_codes;
+    scales += next_scales;
+    asked_pair += plan.warps;
+    if (asked_pair < plan.pairs) return;
+    asked.advance(plan);
+    asked_pair = group;
     find_weights();
-    const int lone = held(g.steps % 2 == 0 ? -1 : plan.pairs - 1);  // the pair that lacks its second step
-    const int next_codes = held(plan.warps * 2 * kCodeBytes), next_scales = held(plan.warps * 2 * kScaleBytes);
-    const auto ask = [&](Packed (&w)[2]) {
-      if (asked.left <= 0) return;
-      w[0].load(codes, scales);
-      if (asked_pair != lone) w[1].load(codes + kCodeBytes, scales + kScaleBytes);
-      else w[1] = Packed{};
-      codes += next_codes;
-      scales += next_scales;
-      asked_pair += plan.warps;
-      if (asked_pair < plan.pairs) return;
-      asked.advance(plan);
-      asked_pair = group;
-      find_weights();
-    };
-    Packed weights[kAhead][2];
+  };
+  Packed weights[kAhead][2];
+
+  if (warp < kWarps) {
+    // Those of one matrix may come before the kernel before this one has ended: it is not the one that made them. Which
+    // experts there are it may have said.
+    if constexpr (kExperts) wait_for_kernel_before();
+    unit = units_of_cta(g, plan);
+    if (warp >= busy_warps) unit.left = 0;
+    asked = unit;
+    find_weights();
+    lone = held(g.steps % 2 == 0 ? -1 : plan.pairs - 1);  // the pair that lacks its second step
+    next_codes = held(plan.warps * 2 * kCodeBytes), next_scales = held(plan.warps * 2 * kScaleBytes);
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) ask(weights[i]);
-    named_barrier(1, kThreads);
+  } else if (warp == kWarps) {
+    for (int i = lane; i < plan.slots; i += kWarp) {
+      barrier_init(full + i * 8, 1);
+      barrier_init(empty + i * 8, busy_warps);
+    }
+    if (lane == 0) {
+      for (int i = 0; i < kPlaces; ++i) {
+        barrier_init(left_sums + i * 8, busy_warps);
+        barrier_init(free_sums + i * 8, kFinishers);
+      }
+    }
+    barriers_ready();
+  } else if (!kBoxes) {
+    // What the last pair has beyond the columns of x counts as 0. There is but one chunk then: it stays so.
+    const int row_bytes = g.columns * 2, words = (plan.pairs * kPairBytes - row_bytes) / 16;
+    for (int i = threadIdx.x - (kWarps + 1) * kWarp; i < words * plan.slots * plan.slot_rows; i += kFinishers * kWarp) {
+      *reinterpret_cast<uint4*>(memory + i / words * plan.pitch + row_bytes + i % words * 16) = make_uint4(0, 0, 0, 0);
+    }
+  }
+  __syncthreads();
 
+  if (warp < kWarps) {
     // For ldmatrix, lane l says where row l % 8 of matrix l / 8 is: 8 columns of a token. Of tokens that there are not,
-    // a sum is made of any, and dropped.
+    // a sum is made of any, and dropped. In a box a step's rows lie together, swizzled: its second half of columns may
+    // come first.
+    constexpr int kNextStep = kBoxes ? kTokens * kRowOfBox : kStepBytes;
+    const int piece = lane / 8 ^ lane % 8, row = lane % 8;
+    const int half_step = kBoxes ? held(piece < 4 ? kStepBytes / 2 : -kStepBytes / 2) : kStepBytes / 2;
     uint32_t of_lane[kTokens / 8];
 #pragma unroll
     for (int n = 0; n < kTokens / 8; ++n) {
-      of_lane[n] = held(x_at + min(n * 8 + lane % 8, plan.slot_rows - 1) * plan.pitch + lane / 8 * 16 +
-                        group * kPairBytes);
+      of_lane[n] = kBoxes
+                       ? held(x_at + 2 * group * kNextStep + (n * 8 + row) * kRowOfBox + piece * 16)
+                       : held(x_at + min(n * 8 + row, plan.slot_rows - 1) * plan.pitch + lane / 8 * 16 + group * kPairBytes);
     }
     const Powers& by = g.powers;
     // Of few tokens each step of a pair has sums of its own, that a multiplication need not wait for the one before.
@@ -151,7 +184,7 @@ __global__ void __launch_bounds__(kThreads, 1) few(const Gemm g, const Plan plan
 #pragma unroll
       for (int n = 0; n < kTokens / 8; ++n) {
         load_matrices(of_lane[n] + from, x[n][0]);
-        load_matrices(of_lane[n] + from + kStepBytes / 2, x[n][1]);
+        load_matrices(of_lane[n] + from + half_step, x[n][1]);
       }
     };
     const auto multiply = [&](const Packed& w, const uint32_t (&x)[kTokens / 8][2][4], int chain) {
@@ -232,10 +265,10 @@ __global__ void __launch_bounds__(kThreads, 1) few(const Gemm g, const Plan plan
       for (int i = 0; i < kAhead; ++i) {
         if (unit.left <= 0) break;
         wait(full + slot * 8, parity);
-        const uint32_t from = slot * slot_bytes;
+        const uint32_t from = slot * plan.slot_bytes;
         uint32_t x[2][kTokens / 8][2][4];
         load_x(from, x[0]);
-        load_x(from + kStepBytes, x[1]);
+        load_x(from + kNextStep, x[1]);
         multiply(weights[i][0], x[0], 0);
         multiply(weights[i][1], x[1], kChains - 1);
         ask(weights[i]);
@@ -247,30 +280,10 @@ __global__ void __launch_bounds__(kThreads, 1) few(const Gemm g, const Plan plan
     return;
   }
 
-  if (warp == kWarps) {
-    for (int i = lane; i < plan.slots; i += kWarp) {
-      barrier_init(full + i * 8, 1);
-      barrier_init(empty + i * 8, busy_warps);
-    }
-    if (lane == 0) {
-      for (int i = 0; i < kPlaces; ++i) {
-        barrier_init(left_sums + i * 8, busy_warps);
-        barrier_init(free_sums + i * 8, kFinishers);
-      }
-    }
-    barriers_ready();
-  } else {
-    // What the last pair has beyond the columns of x counts as 0. There is but one chunk then: it stays so.
-    const int row_bytes = g.columns * 2, words = (plan.pairs * kPairBytes - row_bytes) / 16;
-    for (int i = threadIdx.x - (kWarps + 1) * kWarp; i < words * plan.slots * plan.slot_rows; i += kFinishers * kWarp) {
-      *reinterpret_cast<uint4*>(memory + i / words * plan.pitch + row_bytes + i % words * 16) = make_uint4(0, 0, 0, 0);
-    }
-  }
-  named_barrier(1, kThreads);
   let_kernel_after_start();
   wait_for_kernel_before();
 
-  Units unit = units_of_cta(g, plan);
+  unit = units_of_cta(g, plan);
 
   if (warp == kWarps) {
     const int64_t row_bytes = g.columns * 2;
@@ -288,6 +301,16 @@ __global__ void __launch_bounds__(kThreads, 1) few(const Gemm g, const Plan plan
         from += row_bytes * (!kExperts || g.x_row == nullptr ? row : g.x_row[row]);
       }
       for (int chunk = 0; chunk < plan.chunks; ++chunk) {
+        if constexpr (kBoxes) {
+          if (lane == 0) {
+            const int steps = 2 * plan.warps;
+            wait(empty + slot * 8, parity);
+            expect_bytes(full + slot * 8, plan.slot_bytes);
+            copy_steps(g, boxes, x_at + slot * plan.slot_bytes, 0, kTokens, chunk * steps, steps, full + slot * 8);
+          }
+          if (++slot == plan.slots) slot = 0, parity ^= 1;
+          continue;
+        }
         const int whole = plan.warps * kPairBytes, first = chunk * whole;
         const int bytes = min(whole, static_cast<int>(row_bytes) - first);
         if (lane == 0) {
@@ -295,7 +318,7 @@ __global__ void __launch_bounds__(kThreads, 1) few(const Gemm g, const Plan plan
           expect_bytes(full + slot * 8, rows * bytes);
         }
         __syncwarp();
-        if (lane < rows) copy_bulk(x_at + slot * slot_bytes + lane * plan.pitch, from + first, bytes, full + slot * 8);
+        if (lane < rows) copy_bulk(x_at + slot * plan.slot_bytes + lane * plan.pitch, from + first, bytes, full + slot * 8);
         if (++slot == plan.slots) slot = 0, parity ^= 1;
       }
     }
@@ -342,9 +365,9 @@ constexpr int fixed_bytes(int tokens) {
   return kPlaces * kWarps * tokens * kSumPitch * 4 + (kMostSlots + kPlaces) * 2 * 8;
 }
 
-template <int kTokens>
+template <int kTokens, bool kBoxes>
 cudaError_t launch(const Gemm& g, cudaStream_t stream) {
-  if (const cudaError_t error = allow_shared_memory<few<kTokens>>(kSharedMemory)) return error;
+  if (const cudaError_t error = allow_shared_memory<few<kTokens, kBoxes>>(kSharedMemory)) return error;
   Plan plan;
   plan.strips = (kOutput == Output::gated ? 2 * g.outputs : g.outputs) / kStrip;
   plan.row_units = (plan.strips + g.strips - 1) / g.strips;
@@ -355,7 +378,8 @@ cudaError_t launch(const Gemm& g, cudaStream_t stream) {
   plan.pieces_inverse = (65536 + pieces - 1) / pieces;
   plan.slot_rows = kExperts ? kTokens : g.rows;
   plan.pitch = plan.warps * kPairBytes + 16;
-  const int slot_bytes = plan.slot_rows * plan.pitch, room = (kSharedMemory - fixed_bytes(kTokens)) / slot_bytes;
+  plan.slot_bytes = kBoxes ? kTokens * plan.warps * kPairBytes : plan.slot_rows * plan.pitch;
+  const int room = (kSharedMemory - fixed_bytes(kTokens)) / plan.slot_bytes;
   plan.chunks = (plan.pairs + plan.warps - 1) / plan.warps;
   // Blocks that follow are brought while one is in use.
   plan.slots = !kExperts && plan.chunks < room ? plan.chunks : room < kMostSlots ? room : kMostSlots;
@@ -365,16 +389,22 @@ cudaError_t launch(const Gemm& g, cudaStream_t stream) {
   plan.units_each = plan.row_units / ctas;
   plan.units_more = plan.row_units % ctas;
   const dim3 grid(static_cast<unsigned>(ctas));
-  const int bytes = fixed_bytes(kTokens) + plan.slots * slot_bytes;
-  return launch_early(few<kTokens>, grid, 0, kThreads, bytes, stream, g, plan);
+  const int bytes = fixed_bytes(kTokens) + plan.slots * plan.slot_bytes;
+  CUtensorMap boxes{};
+  if (kBoxes && !map_of(g, kTokens, 2 * plan.warps, &boxes)) return cudaErrorInvalidValue;
+  return launch_early(few<kTokens, kBoxes>, grid, 0, kThreads, bytes, stream, boxes, g, plan);
 }
 
 }  // namespace
 
 cudaError_t FOS_PRODUCT(multiply_few_)(const Gemm& g, cudaStream_t stream) {
-  if (g.tokens == 8) return launch<8>(g, stream);
-  if constexpr (!kExperts) {
-    if (g.tokens == 16) return launch<16>(g, stream);
+  if constexpr (kExperts) {
+    if (g.tokens == 8) return launch<8, false>(g, stream);
+  } else {
+    constexpr int kRowsOneByOne = 4;  // up to which copies are faster than a box of 8, on an H200
+    if (g.tokens == 8 && g.rows <= kRowsOneByOne) return launch<8, false>(g, stream);
+    if (g.tokens == 8) return launch<8, true>(g, stream);
+    if (g.tokens == 16) return launch<16, true>(g, stream);
   }
   return cudaErrorInvalidValue;
 }
