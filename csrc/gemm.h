@@ -12,7 +12,9 @@ constexpr int kStep = 64;       // columns of a step: a tile of codes has kRowTi
 constexpr int kCodeBytes = kRowTile * kStep / 2;
 constexpr int kScaleBytes = kRowTile * kStep / kBlock;
 
-enum class Activation : int { silu = 0, gelu = 1, gelu_tanh = 2 };
+// silu_pinned is the specification's to the bit, for codes that follow; silu is the same to 2^-16 of itself, and 0 for
+// gates below -87.
+enum class Activation : int { silu = 0, gelu = 1, gelu_tanh = 2, silu_pinned = 3 };
 
 // What is made of the fp32 sums: y in x's dtype; activation(gate) * up in x's dtype, from weights whose rows alternate
 // between 8 of gate and 8 of up; or y in fp32.

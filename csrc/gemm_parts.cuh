@@ -122,10 +122,24 @@ struct Packed {
 
 // --- from sums to results ---
 
-__device__ __forceinline__ float rounded(float v) {
-  Value to;
-  round_to(v, to);
-  return widen(to);
+// Two numbers, rounded. As one instruction it runs at full speed; that for a number alone does not.
+__device__ __forceinline__ uint32_t pack(float first, float second) {
+  uint32_t both;
+  if constexpr (kDtype == Dtype::bf16) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+  else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+  return both;
+}
+
+// As the chip has them, to about 2^-22; what is subnormal becomes 0.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float inverse_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 __device__ __forceinline__ float load_number(const void* from, Dtype dtype, int index) {
@@ -134,9 +148,10 @@ __device__ __forceinline__ float load_number(const void* from, Dtype dtype, int 
   return widen(static_cast<const __half*>(from)[index]);
 }
 
-// `row`: of x.
+// What sums of a row are to be multiplied by first. `row`: of x.
 __device__ __forceinline__ float token_scale_of(const Gemm& g, int row) {
-  return g.token_scale == nullptr ? 1.0f : g.token_scale[g.token_of == nullptr ? row : g.token_of[row]];
+  const float scale = g.token_scale == nullptr ? 1.0f : g.token_scale[g.token_of == nullptr ? row : g.token_of[row]];
+  return kUnscale * scale;  // a power of two: the products are rounded as they would be without it
 }
 __device__ __forceinline__ int out_row_of(const Gemm& g, int row) { return g.out_row == nullptr ? row : g.out_row[row]; }
 
@@ -146,16 +161,34 @@ __device__ __forceinline__ const float* decode_scales_of(const Gemm& g, int expe
 
 // What a sum stands for.
 __device__ __forceinline__ float scaled_back(float sum, float token_scale, float decode_scale) {
-  return ((sum * kUnscale) * token_scale) * decode_scale;
+  return (sum * token_scale) * decode_scale;
 }
 
 // Of gate and up as they are stored, in the type of x.
-__device__ __forceinline__ float activate(float gate, float up, Activation activation) {
-  gate = rounded(gate), up = rounded(up);
-  if (activation == Activation::silu) return silu_and_mul(gate, up);
-  if (activation == Activation::gelu) return 0.5f * gate * (1.0f + erff(gate * 0.70710678118654752f)) * up;
+template <Activation activation>
+__device__ __forceinline__ float activate(float gate, float up) {
+  const uint32_t stored = pack(gate, up);
+  gate = widen(reinterpret_cast<const Value*>(&stored)[0]), up = widen(reinterpret_cast<const Value*>(&stored)[1]);
+  constexpr float kLog2OfE = 1.44269504088896341f;
+  if constexpr (activation == Activation::silu) return gate * inverse_fast(1.0f + exp2_fast(gate * -kLog2OfE)) * up;
+  if constexpr (activation == Activation::silu_pinned) return silu_and_mul(gate, up);
+  if constexpr (activation == Activation::gelu) {
+    return 0.5f * gate * (1.0f + erff(gate * 0.70710678118654752f)) * up;
+  }
   const float inner = 0.79788456080286536f * (gate + 0.044715f * gate * gate * gate);
   return 0.5f * gate * (1.0f + tanhf(inner)) * up;
+}
+
+// Calls `use` with the activation as a constant: to ask for each number which it is would keep numbers from being computed
+// side by side.
+template <class Use>
+__device__ __forceinline__ void with_activation(Activation activation, Use use) {
+  switch (activation) {
+    case Activation::silu: return use(std::integral_constant<Activation, Activation::silu>{});
+    case Activation::gelu: return use(std::integral_constant<Activation, Activation::gelu>{});
+    case Activation::gelu_tanh: return use(std::integral_constant<Activation, Activation::gelu_tanh>{});
+    case Activation::silu_pinned: return use(std::integral_constant<Activation, Activation::silu_pinned>{});
+  }
 }
 
 // Neighbouring outputs, for token after token.
@@ -187,15 +220,17 @@ struct Piece {
       out[1] = make_float4(y[4], y[5], y[6], y[7]);
     } else {
       alignas(16) Value packed[kOutputs];
+      if constexpr (kOutput == Output::gated) {
+        with_activation(g.activation, [&](auto activation) {
 #pragma unroll
-      for (int i = 0; i < kOutputs; ++i) {
-        if constexpr (kOutput == Output::gated) {
-          y[i] = activate(y[i], y[i + kOutputs], g.activation);
-        } else if (g.bias != nullptr) {
-          y[i] = y[i] + load_number(g.bias, g.bias_dtype, output + i);
-        }
-        round_to(y[i], packed[i]);
+          for (int i = 0; i < kOutputs; ++i) y[i] = activate<decltype(activation)::value>(y[i], y[i + kOutputs]);
+        });
+      } else if (g.bias != nullptr) {
+#pragma unroll
+        for (int i = 0; i < kOutputs; ++i) y[i] = y[i] + load_number(g.bias, g.bias_dtype, output + i);
       }
+#pragma unroll
+      for (int i = 0; i < kOutputs; ++i) round_to(y[i], packed[i]);
       using Word = std::conditional_t<kOutputs == 8, uint4, uint2>;
       *reinterpret_cast<Word*>(static_cast<Value*>(g.out) + to) = *reinterpret_cast<const Word*>(packed);
     }

@@ -184,36 +184,30 @@ struct Strip {
 template <int kTokens>
 struct Tokens {
   static constexpr int kEach = (kTokens + kWarp - 1) / kWarp;
+  static constexpr int kNumbers = kBlock / 2;
   float scale[kEach];
-  int row[kEach];  // of out
+  uint32_t row[kEach];  // where that of out begins, in kNumbers of its numbers
 
   __device__ __forceinline__ Tokens(const Gemm& g, const Block& block, int lane) {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int x_row = block.begin + i * kWarp + lane;
-      scale[i] = 1.0f;
-      row[i] = x_row;
+      scale[i] = 0.0f;
+      row[i] = 0;
       if (x_row >= block.end) continue;
       scale[i] = token_scale_of(g, x_row);
-      row[i] = out_row_of(g, x_row);
+      row[i] = static_cast<uint32_t>(out_row_of(g, x_row)) * static_cast<uint32_t>(g.outputs / kNumbers);
     }
   }
   // For a token that is the same in every lane, but for what `lane_token` adds; first is a multiple of 8.
   __device__ __forceinline__ float scale_of(int first, int lane_token) const {
     return __shfl_sync(~0u, scale[first / kWarp], first % kWarp + lane_token);
   }
-  __device__ __forceinline__ int row_of(int first, int lane_token) const {
-    return __shfl_sync(~0u, row[first / kWarp], first % kWarp + lane_token);
+  template <class T>
+  __device__ __forceinline__ T* row_of(T* out, int first, int lane_token) const {
+    return out + static_cast<uint64_t>(__shfl_sync(~0u, row[first / kWarp], first % kWarp + lane_token)) * kNumbers;
   }
 };
-
-// Two neighbouring tokens of a row.
-__device__ __forceinline__ uint32_t pack(float first, float second) {
-  alignas(4) Value values[2];
-  round_to(first, values[0]);
-  round_to(second, values[1]);
-  return *reinterpret_cast<const uint32_t*>(values);
-}
 
 // A warp's rows of `count` tokens, from registers; through shared memory of its own where a row has 16 bits a number.
 template <int kTokens>
@@ -230,6 +224,8 @@ __device__ __forceinline__ void write_rows(const Gemm& g, const Strip& strip, co
     for (int i = 0; i < 4; ++i) y[i] = scaled_back(sums[token / 2 + i], scales[i % 2], strip.scale[i / 2]);
   };
   if constexpr (kOutput == Output::fp32) {
+    float* out = static_cast<float*>(g.out) + strip.output + lane / 4;
+    keep(out);
 #pragma unroll
     for (int token = 0; token < kTokens; token += 8) {
       if (token >= count) break;
@@ -237,11 +233,10 @@ __device__ __forceinline__ void write_rows(const Gemm& g, const Strip& strip, co
       finished(token, y);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int row = tokens.row_of(token, column + i);
+        float* const to = tokens.row_of(out, token, column + i);
         if (token + column + i >= count) continue;
-        float* out = static_cast<float*>(g.out) + static_cast<int64_t>(row) * g.outputs + strip.output + lane / 4;
-        out[0] = y[i];
-        out[8] = y[i + 2];
+        to[0] = y[i];
+        to[8] = y[i + 2];
       }
     }
   } else {
@@ -250,35 +245,45 @@ __device__ __forceinline__ void write_rows(const Gemm& g, const Strip& strip, co
     const uint32_t to = staging + (kOutput == Output::gated ? lane * kChunkPitch
                                                             : (lane / 16 * 8 + lane % 8) * kChunkPitch + lane / 8 % 2 * 16);
     const uint32_t from = staging + lane / kPieces * kChunkPitch + lane % kPieces * 16;
+    Value* const out = static_cast<Value*>(g.out) + strip.output + lane % kPieces * 8;
+    // `make` packs what 8 tokens' sums stand for into matrix i of a chunk, or into those from 2 * i on.
+    const auto write_chunks = [&](auto make) {
 #pragma unroll
-    for (int first = 0; first < kTokens; first += kChunk) {
-      if (first >= count) break;
-      uint32_t matrices[4];
+      for (int first = 0; first < kTokens; first += kChunk) {
+        if (first >= count) break;
+        uint32_t matrices[4];
 #pragma unroll
-      for (int i = 0; i < kChunk / 8; ++i) {
-        const int token = first + i * 8;
-        if (token >= kTokens) break;
-        float y[4];
-        finished(token, y);
-        if constexpr (kOutput == Output::gated) {
-          matrices[i] = pack(activate(y[0], y[2], g.activation), activate(y[1], y[3], g.activation));
-        } else {
-          if (g.bias != nullptr) {
-#pragma unroll
-            for (int k = 0; k < 4; ++k) y[k] = y[k] + strip.bias[k / 2];
-          }
-          matrices[2 * i] = pack(y[0], y[1]);
-          matrices[2 * i + 1] = pack(y[2], y[3]);
+        for (int i = 0; i < kChunk / 8; ++i) {
+          const int token = first + i * 8;
+          if (token >= kTokens) break;
+          float y[4];
+          finished(token, y);
+          make(y, i, matrices);
         }
+        __syncwarp();
+        store_matrices_transposed(to, matrices);
+        __syncwarp();
+        Value* const to_row = tokens.row_of(out, first, lane / kPieces);
+        const uint4 piece = load_shared(from);
+        if (first + lane / kPieces < count) *reinterpret_cast<uint4*>(to_row) = piece;
       }
-      __syncwarp();
-      store_matrices_transposed(to, matrices);
-      __syncwarp();
-      const int token = first + lane / kPieces, row = tokens.row_of(first, lane / kPieces);
-      const uint4 piece = load_shared(from);
-      if (token >= count) continue;
-      *reinterpret_cast<uint4*>(static_cast<Value*>(g.out) + static_cast<int64_t>(row) * g.outputs + strip.output +
-                                lane % kPieces * 8) = piece;
+    };
+    if constexpr (kOutput == Output::gated) {
+      with_activation(g.activation, [&](auto activation) {
+        write_chunks([](const float (&y)[4], int i, uint32_t (&matrices)[4]) {
+          constexpr Activation kActivation = decltype(activation)::value;
+          matrices[i] = pack(activate<kActivation>(y[0], y[2]), activate<kActivation>(y[1], y[3]));
+        });
+      });
+    } else {
+      write_chunks([&](float (&y)[4], int i, uint32_t (&matrices)[4]) {
+        if (g.bias != nullptr) {
+#pragma unroll
+          for (int k = 0; k < 4; ++k) y[k] = y[k] + strip.bias[k / 2];
+        }
+        matrices[2 * i] = pack(y[0], y[1]);
+        matrices[2 * i + 1] = pack(y[2], y[3]);
+      });
     }
   }
 }

@@ -67,6 +67,13 @@ __device__ __forceinline__ void arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// One thread of the warp does, whichever. All of them call it.
+__device__ __forceinline__ void arrive_for_warp(uint32_t barrier) {
+  asm volatile(
+      "{\n.reg .pred p;\nelect.sync _|p, 0xFFFFFFFF;\n@p mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(barrier)
+      : "memory");
+}
+
 __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
   uint32_t done;
   do {
@@ -207,6 +214,11 @@ __device__ __forceinline__ void wgmma_wait() {
 
 // A value to be held in a register: computing it again wherever it is used would cost more than the register.
 __device__ __forceinline__ void keep(uint32_t& value) { asm volatile("" : "+r"(value)); }
+template <class T>
+__device__ __forceinline__ void keep(T*& of_global_memory) {
+  asm volatile("" : "+l"(of_global_memory));
+  __builtin_assume(__isGlobal(of_global_memory));
+}
 
 // Registers have their values from here on: nothing that computes them moves in among the multiplications, which ptxas
 // would then run one after the other.

@@ -20,6 +20,8 @@ from fouroversix_plugin.reference import Activation
 DTYPES: Final = (torch.bfloat16, torch.float16)
 
 _ACTIVATIONS: Final = get_args(Activation)
+_PINNED_SILU: Final = len(_ACTIVATIONS)
+"""SiLU to the bit of the specification's, where codes follow."""
 _TILE_ROWS: Final = (8, 32, 64, 128)
 _FEW_ROWS: Final = 8
 """Tiles of as many rows are the kernel's for few rows, which finds them anywhere in x."""
@@ -133,9 +135,11 @@ def moe(
     if activations is not None and on_input:
         rows, token_scale = native.quantize_values(rows, activations, input_amax, False)
         scale_of = None
+    pinned = activations is not None and activation == "silu"
+    gating = _PINNED_SILU if pinned else _ACTIVATIONS.index(activation)
     inner = kernels.multiply_experts(
         rows, w13, w13_block_scale, w13_decode_scale, token_scale, x_row, scale_of, None, blocks, in_use, half,
-        True, _ACTIVATIONS.index(activation), tokens,
+        True, gating, tokens,
     )  # fmt: skip
     inner_scale = None
     if activations is not None:
