@@ -80,8 +80,8 @@ def smollm2(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
         names = ["self_attn.qkv_proj", "self_attn.o_proj"]
         names += ["mlp.gate_up_proj", "mlp.down_proj"] if kind == "dense" else ["block_sparse_moe.experts"]
         jobs |= {
-            f"{kind} online": {"model": str(model), "options": options("w4a16")},
-            f"{kind} stored": {"model": str(w4a16)},
+            f"{kind} online": {"model": str(model), "options": options("w4a16"), "weigh": True},
+            f"{kind} stored": {"model": str(w4a16), "weigh": True},
             f"{kind} dequantized": {"model": str(dequantized(w4a16, folder / f"{kind}-bf16"))},
             f"{kind} stored W4A4": {"model": str(w4a4), "capture": [f"{LAYER}.{name}" for name in names]},
         }
@@ -176,6 +176,14 @@ def test_served_w4a4_experts_are_not_the_reference(smollm2: dict[str, Any]) -> N
 
 def test_online_loading_holds_the_whole_model_in_full_precision(smollm2: dict[str, Any]) -> None:
     assert smollm2["dense online"]["most_held"] == 1
+
+
+@pytest.mark.parametrize("run", ["dense online", "dense stored", "moe online", "moe stored"])
+def test_a_loaded_model_takes_more_memory_than_its_weights(smollm2: dict[str, Any], run: str) -> None:
+    flat(smollm2[run])
+    memory = smollm2[run]["memory"]
+    # Beside them: what attention and rotary embeddings keep.
+    assert memory["weights"] <= memory["taken"] <= 1.03 * memory["weights"], memory
 
 
 def test_random_weights_for_benchmarks_are_taken_for_an_incomplete_checkpoint(smollm2: dict[str, Any]) -> None:

@@ -360,6 +360,15 @@ def test_an_adapter_for_experts_is_served(runs: Runs) -> None:
     assert "does not do --enable-lora" in runs("small moe: adapted")[""]["error"]
 
 
+@pytest.mark.engine("{kind}: W4A16")
+@pytest.mark.parametrize("way", ["stored", "online", "modelopt", "compressed-tensors"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loaded_model_takes_more_memory_than_its_weights(runs: Runs, kind: str, way: str) -> None:
+    memory = answered(runs(f"{kind}: W4A16")[way])["memory"]
+    # Beside them: what attention and rotary embeddings keep.
+    assert memory["weights"] <= memory["taken"] <= 1.03 * memory["weights"], memory
+
+
 @pytest.mark.engine("{kind}: online")
 @pytest.mark.parametrize("kind", WHOLE)
 def test_quantizing_while_loading_takes_more_than_a_layer_and_a_half(

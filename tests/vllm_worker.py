@@ -1,16 +1,18 @@
 """Runs vLLM for the tests in a process of its own: ``vllm_worker.py REQUEST OUT``.
 
 REQUEST is JSON: {"prompts": token ids, "documents": token ids and the first of them that is scored, "jobs": {name:
-{"model": folder, "options": arguments of LLM, "capture": layer names, "tokens": how many to generate, "top": how many
-log-probabilities of the documents to keep, "fp4_units": whether linear weights are prepared as for Blackwell, "reload":
-whether all weights are forgotten and loaded again in the end, "sleep": whether the engine then sleeps at both levels,
-"adapter": folder of a LoRA adapter}}}. OUT gets {name: {"logprobs", "tokens" and "generated" (their logprobs): one list
-a prompt, "adapted", "forgotten", "reloaded", "woken" and "refilled": logprobs, "log": our log lines, "most_held":
-full-precision layers held at once, "arrived": when each was whole (seconds of the thread that loads), "memory" (on a
-GPU): bytes of the "weights" and at the "peak" of loading them} or {"error": text}} after every job; captured layers'
-first inputs and outputs go to NAME.safetensors beside it, the documents' scores to NAME.scores.safetensors.
+{"model": folder, "options": arguments of LLM, "capture": layer names, "weigh": whether to measure memory where there is
+no GPU, too (it takes seconds), "tokens": how many to generate, "top": how many log-probabilities of the documents to
+keep, "fp4_units": whether linear weights are prepared as for Blackwell, "reload": whether all weights are forgotten and
+loaded again in the end, "sleep": whether the engine then sleeps at both levels, "adapter": folder of a LoRA adapter}}}.
+OUT gets {name: {"logprobs", "tokens" and "generated" (their logprobs): one list a prompt, "adapted", "forgotten",
+"reloaded", "woken" and "refilled": logprobs, "log": our log lines, "most_held": full-precision layers held at once,
+"arrived": when each was whole (seconds of the thread that loads), "memory": bytes of the "weights", those "taken" once
+they are loaded and, on a GPU, at the "peak" before} or {"error": text}} after every job; captured layers' first inputs
+and outputs go to NAME.safetensors beside it, the documents' scores to NAME.scores.safetensors.
 """
 
+import gc
 import json
 import logging
 import os
@@ -36,6 +38,7 @@ from divergence_scores import Document
 from divergence_sources import Request, score_with_engine
 from log_lines import Lines
 from safetensors.torch import save_file
+from torch._subclasses.fake_tensor import FakeTensor
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.inputs import TokensPrompt
@@ -70,13 +73,15 @@ class Watch:
         self.most_held = 0
         self.arrived: list[float] = []
         self.memory: dict[str, int] = {}
+        self.weigh = False
         self.originals = [(method, method.apply) for method in (linear._LinearMethod, moe._MoEMethod)]
         linear.OnlineLinearMethod._create = self.collecting(linear.OnlineLinearMethod._create)
         linear.OnlineLinearMethod._quantized = self.counting(linear.OnlineLinearMethod._quantized)
         BaseModelLoader.load_model = self.weighing(BaseModelLoader.load_model)
 
-    def start(self, capture: list[str]) -> None:
+    def start(self, capture: list[str], weigh: bool) -> None:
         self.capture, self.captured, self.layers, self.most_held = capture, {}, [], 0
+        self.weigh = weigh or torch.cuda.is_available()
         self.arrived, self.memory = [], {}
         for method, original in self.originals:
             # Only where it is wanted: compilers trace what stands here.
@@ -112,16 +117,29 @@ class Watch:
 
     def weighing(self, original: Any) -> Any:
         def load_model(*arguments: Any, **named: Any) -> torch.nn.Module:
-            if not torch.cuda.is_initialized():
+            if not self.weigh:
                 return original(*arguments, **named)
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
+            on_gpu, before = torch.cuda.is_initialized(), taken()
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
             model: torch.nn.Module = original(*arguments, **named)
-            held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-            self.memory = {"weights": held, "peak": torch.cuda.max_memory_allocated() - before}
+            weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+            self.memory = {"weights": weights, "taken": taken() - before}
+            if on_gpu:
+                self.memory["peak"] = torch.cuda.max_memory_allocated() - before
             return model
 
         return load_model
+
+
+def taken() -> int:
+    """Bytes of the GPU's memory that tensors have or, without one, of all tensors that Python knows."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        return torch.cuda.memory_allocated()
+    tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor)]
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu"]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 @contextmanager
@@ -196,7 +214,7 @@ def run(job: dict[str, Any], request: dict[str, Any], watch: Watch, scores: Path
     lines, llm = Lines(), None
     logger = logging.getLogger("fouroversix_plugin")
     logger.addHandler(lines)
-    watch.start(job.get("capture", []))
+    watch.start(job.get("capture", []), job.get("weigh", False))
     found: dict[str, Any] = {}
     try:
         llm = LLM(job["model"], **DEFAULTS | job.get("options", {}))

@@ -131,22 +131,23 @@ class StoredParameter:
             rows: given what the engine says of the shard, its N over all ranks, or None where that is not known.
             pads: whether the engine fills up a tensor that is too small, which must be seen here then.
         """
-        where = f"{layer}.{self.name}"
+        # Engines hand a parameter's loader on to what takes its place: holding `empty` too, it would keep the memory.
+        form, kind, full_columns, where = self.form, self.part, self.full_columns, f"{layer}.{self.name}"
 
         @functools.wraps(loader)
         def load(param: Tensor, loaded_weight: Tensor, *shard: Any, **named: Any) -> object:
             try:
                 # Only padding makes the tensor itself an unreliable witness.
-                n = rows(*shard, **named) if pads or self.form.padded else None
-                part = self.form.canonical(self.part, where, loaded_weight, n, self.full_columns, recipe)
-                if self.part == "block_scale" and not self.form.padded:
+                n = rows(*shard, **named) if pads or form.padded else None
+                part = form.canonical(kind, where, loaded_weight, n, full_columns, recipe)
+                if kind == "block_scale" and not form.padded:
                     check_row_major(where, part)
             except ValueError as error:
                 raise ValueError(
                     f"{error}; config.json and the tensors disagree: quantize the checkpoint again, or add {layer!r} "
                     "to the `ignore` list of its config.json"
                 ) from error
-            if self.part == "metadata":  # there to be checked: the shapes are known
+            if kind == "metadata":  # there to be checked: the shapes are known
                 return True if named.get("return_success") else None
             try:
                 return loader(param, part, *shard, **named)
