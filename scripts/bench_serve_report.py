@@ -150,5 +150,6 @@ def plot(records: Sequence[Record], configurations: Sequence[str], title: str, p
         decode.legend(frameon=False)
     prefill.set_xticks(range(len(configurations)), [CONFIGURATIONS[name] for name in configurations], rotation=30)
     prefill.set(title=PREFILL)
+    prefill.margins(y=0.1)
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
