@@ -1,4 +1,4 @@
-// The kernels as torch operators, on libtorch's stable ABI: arguments checked, outputs made, no arithmetic.
+// The quantizers as torch operators, on libtorch's stable ABI: arguments checked, outputs made, no arithmetic.
 //
 // Compiled once for each device: FOS_LIBRARY names the namespace (fouroversix_cpu, fouroversix_cuda), FOS_KEY the
 // dispatch key. What users call is torch.ops.fouroversix (kernels/ops.py), which passes recipes taken apart.
@@ -38,10 +38,7 @@ void run(const Dequantize& d, const Tensor& packed) {
 
 #else
 
-constexpr int64_t kGrain = 1 << 14;  // values below which a thread costs more than it saves
 constexpr int64_t kResident = 1 << 15;  // values read twice, for their amax and to be quantized: they stay in L1 or L2
-
-int64_t rows_of(int64_t values, int64_t columns) { return values / columns > 1 ? values / columns : 1; }
 
 float largest(const std::vector<float>& amax, int64_t begin, int64_t end) {
   uint32_t found = 0;  // as integers: NaN is above infinity
@@ -116,66 +113,6 @@ void run(Quantize& q, const Tensor&) {
   }
   torch::stable::parallel_for(0, q.rows * per_row, kGrain / kBlock, [&](int64_t begin, int64_t end) {
     kernels.quantize_blocks(q, scaled_for, stride, begin, end);
-  });
-}
-
-// Memory that starts at a cache line.
-template <class T>
-class Lines {
- public:
-  explicit Lines(int64_t count) : memory_(count * sizeof(T) + 63) {}
-  T* data() { return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_.data()) + 63) / 64 * 64); }
-
- private:
-  std::vector<uint8_t> memory_;
-};
-
-int64_t strips_of(const Linear& l) { return (l.outputs + kBlock - 1) / kBlock; }
-
-#if defined(__x86_64__)
-
-constexpr int64_t kTokensForTiles = 8;        // from which on tiles win
-constexpr int64_t kPanelBytes = 3 << 18;      // of unpacked weights: well within a second-level cache
-
-void run_tiles(const Linear& l) {
-  const int64_t columns = round_up(l.columns, kTileStep), groups = (l.tokens + kTileTokens - 1) / kTileTokens;
-  Lines<uint16_t> tokens(groups * kTileTokens * columns);
-  torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-    avx512::tile_tokens(l, begin, end, tokens.data());
-  });
-  const int64_t fitting = kPanelBytes / (2 * kBlock * columns), strips = fitting < 2 ? 2 : fitting < 8 ? fitting / 2 * 2 : 8;
-  const int64_t all = strips_of(l);
-  torch::stable::parallel_for(0, (all + strips - 1) / strips, 1, [&](int64_t begin, int64_t end) {
-    Lines<uint16_t> scratch(strips * kBlock * columns);
-    for (int64_t panel = begin; panel < end; ++panel) {
-      const int64_t first = panel * strips, last = first + strips < all ? first + strips : all;
-      avx512::linear_panel(l, tokens.data(), first, last, scratch.data());
-    }
-  });
-}
-
-bool by_tiles(const Linear& l) {
-  static const bool usable = &cpu_kernels() == &avx512::kernels && avx512::tiles_usable();
-  return usable && l.x_dtype == Dtype::bf16 && l.tokens >= kTokensForTiles;
-}
-
-#else
-
-void run_tiles(const Linear&) {}
-bool by_tiles(const Linear&) { return false; }
-
-#endif
-
-void run(const Linear& l) {
-  if (l.tokens == 0 || l.outputs == 0) return;
-  if (by_tiles(l)) return run_tiles(l);
-  const CpuKernels& kernels = cpu_kernels();
-  Lines<float> tokens(l.tokens * l.columns);
-  torch::stable::parallel_for(0, l.tokens, rows_of(kGrain, l.columns), [&](int64_t begin, int64_t end) {
-    kernels.tokens_in_fp32(l, begin, end, tokens.data());
-  });
-  torch::stable::parallel_for(0, strips_of(l), rows_of(kGrain, kBlock * l.columns), [&](int64_t begin, int64_t end) {
-    kernels.linear_strips(l, tokens.data(), begin, end);
   });
 }
 
@@ -309,54 +246,6 @@ Tensor dequantize(Tensor packed, Tensor block_scale, OptionalTensor decode_scale
   return out;
 }
 
-#if !defined(FOS_CUDA)
-
-// codes [strips, K/16, 8, 16] and block_scale [strips, K/16, 16], as operands.h has them.
-Tensor linear(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, OptionalTensor token_scale,
-              OptionalTensor bias, ScalarType dtype) {
-  check(codes, "codes", ScalarType::Byte, x);
-  check(block_scale, "block_scale", ScalarType::Byte, x);
-  check(decode_scale, "decode_scale", ScalarType::Float, x);
-  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) > 0 && x.size(1) % kBlock == 0,
-                  "x: needed [M, K] with K a positive multiple of ", kBlock);
-  x = torch::stable::contiguous(x);
-  codes = torch::stable::contiguous(codes);
-  block_scale = torch::stable::contiguous(block_scale);
-  decode_scale = torch::stable::contiguous(decode_scale);
-  Linear l = {};
-  l.x = x.data_ptr();
-  l.x_dtype = dtype_of(x.scalar_type());
-  l.tokens = x.size(0);
-  l.columns = x.size(1);
-  l.outputs = decode_scale.numel();
-  const int64_t numbers = strips_of(l) * kBlock * l.columns;
-  STD_TORCH_CHECK(codes.numel() == numbers / 2 && block_scale.numel() == numbers / kBlock, "codes and block_scale: got ",
-                  codes.numel(), " and ", block_scale.numel(), " bytes, needed ", numbers / 2, " and ", numbers / kBlock,
-                  " for ", l.outputs, " outputs of ", l.columns, " columns");
-  if (token_scale.has_value()) {
-    check(*token_scale, "token_scale", ScalarType::Float, x);
-    STD_TORCH_CHECK(token_scale->numel() == l.tokens, "token_scale: got ", token_scale->numel(), ", needed ", l.tokens);
-    token_scale = torch::stable::contiguous(*token_scale);
-  }
-  if (bias.has_value()) {
-    check(*bias, "bias", ScalarType::Float, x);
-    STD_TORCH_CHECK(bias->numel() == l.outputs, "bias: got ", bias->numel(), ", needed ", l.outputs);
-    bias = torch::stable::contiguous(*bias);
-  }
-  l.codes = static_cast<const uint8_t*>(codes.data_ptr());
-  l.block_scale = static_cast<const uint8_t*>(block_scale.data_ptr());
-  l.decode_scale = static_cast<const float*>(decode_scale.data_ptr());
-  l.token_scale = floats(token_scale);
-  l.bias = floats(bias);
-  l.out_dtype = dtype_of(dtype);
-  Tensor out = torch::stable::new_empty(x, {l.tokens, l.outputs}, dtype);
-  l.out = out.data_ptr();
-  run(l);
-  return out;
-}
-
-#endif
-
 }  // namespace
 }  // namespace fos
 
@@ -368,18 +257,10 @@ STABLE_TORCH_LIBRARY(FOS_LIBRARY, m) {
       "quantize_values(Tensor x, Tensor? amax, Tensor? expert_offsets, bool gated, int scope, int metric, int domain, "
       "bool adaptive, float encoded_amax) -> (Tensor, Tensor)");
   m.def("dequantize(Tensor packed, Tensor block_scale, Tensor? decode_scale, ScalarType dtype) -> Tensor");
-#if !defined(FOS_CUDA)
-  m.def(
-      "linear(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, Tensor? token_scale, Tensor? bias, "
-      "ScalarType dtype) -> Tensor");
-#endif
 }
 
 STABLE_TORCH_LIBRARY_IMPL(FOS_LIBRARY, FOS_KEY, m) {
   m.impl("quantize", TORCH_BOX(&fos::quantize));
   m.impl("quantize_values", TORCH_BOX(&fos::quantize_values));
   m.impl("dequantize", TORCH_BOX(&fos::dequantize));
-#if !defined(FOS_CUDA)
-  m.impl("linear", TORCH_BOX(&fos::linear));
-#endif
 }

@@ -18,6 +18,7 @@ struct CpuKernels {
   void (*dequantize_rows)(const Dequantize&, int64_t row_begin, int64_t row_end);
   void (*tokens_in_fp32)(const Linear&, int64_t token_begin, int64_t token_end, float* out);
   void (*linear_strips)(const Linear&, const float* tokens, int64_t strip_begin, int64_t strip_end);
+  void (*combine_tokens)(const Combine&, int64_t token_begin, int64_t token_end);
 };
 
 #define FOS_DECLARE_ISA(isa)                                                                      \
@@ -26,10 +27,11 @@ struct CpuKernels {
   void quantize_blocks(const Quantize&, const float*, int64_t, int64_t, int64_t);                 \
   void decode_scales(const Recipe&, const float*, int64_t, int64_t, float*);                      \
   void dequantize_rows(const Dequantize&, int64_t, int64_t);                                      \
-  void tokens_in_fp32(const Linear&, int64_t, int64_t, float*);                                    \
-  void linear_strips(const Linear&, const float*, int64_t, int64_t);                                \
-  constexpr CpuKernels kernels = {row_amax,        quantize_blocks, decode_scales,                \
-                                  dequantize_rows, tokens_in_fp32,   linear_strips};                 \
+  void tokens_in_fp32(const Linear&, int64_t, int64_t, float*);                                   \
+  void linear_strips(const Linear&, const float*, int64_t, int64_t);                              \
+  void combine_tokens(const Combine&, int64_t, int64_t);                                          \
+  constexpr CpuKernels kernels = {row_amax,       quantize_blocks, decode_scales, dequantize_rows, \
+                                  tokens_in_fp32, linear_strips,   combine_tokens};               \
   }
 
 FOS_DECLARE_ISA(baseline)
@@ -62,6 +64,10 @@ class StrictSubnormals {
   ~StrictSubnormals() {}
 #endif
 };
+
+// Values below which a thread costs more than it saves, and the rows that have as many.
+constexpr int64_t kGrain = 1 << 14;
+inline int64_t rows_of(int64_t values, int64_t columns) { return values / columns > 1 ? values / columns : 1; }
 
 inline const CpuKernels& cpu_kernels() {
 #if defined(__x86_64__)

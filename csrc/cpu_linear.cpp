@@ -28,10 +28,15 @@ constexpr int kStripBytes = kBlock * kBlock / 2;  // of codes, for a block of co
 alignas(64) constexpr float kE2m1[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
                                          -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
 
-float to_float(const void* x, Dtype dtype, int64_t i) {
-  if (dtype == Dtype::fp32) return static_cast<const float*>(x)[i];
-  const uint16_t h = static_cast<const uint16_t*>(x)[i];
-  return dtype == Dtype::bf16 ? bf16_value(h) : fp16_value(h);
+template <Dtype dtype>
+void to_fp32(const void* x, int64_t from, int64_t count, float* out) {
+  if (dtype == Dtype::fp32) {
+    const float* values = static_cast<const float*>(x) + from;
+    for (int64_t i = 0; i < count; ++i) out[i] = values[i];
+  } else {
+    const uint16_t* values = static_cast<const uint16_t*>(x) + from;
+    for (int64_t i = 0; i < count; ++i) out[i] = dtype == Dtype::bf16 ? bf16_value(values[i]) : fp16_value(values[i]);
+  }
 }
 
 // 16 floats, one for each row of a strip.
@@ -134,25 +139,35 @@ constexpr int kMostTokens = 4;
 
 #endif
 
+FOS_FN int64_t x_row_of(const Linear& l, int64_t token) { return l.x_row == nullptr ? token : l.x_row[token]; }
+FOS_FN int64_t out_row_of(const Linear& l, int64_t token) { return l.out_row == nullptr ? token : l.out_row[token]; }
+FOS_FN float token_scale_of(const Linear& l, int64_t token) {
+  return l.token_scale == nullptr ? 1.0f : l.token_scale[x_row_of(l, token)];
+}
+
+template <Dtype dtype>
+FOS_FN void write(const float* y, int count, void* out, int64_t at) {
+  if (dtype == Dtype::fp32) {
+    float* to = static_cast<float*>(out) + at;
+    for (int i = 0; i < count; ++i) to[i] = y[i];
+  } else {
+    uint16_t* to = static_cast<uint16_t*>(out) + at;
+    for (int i = 0; i < count; ++i) to[i] = dtype == Dtype::bf16 ? bf16_bits(y[i]) : fp16_bits(y[i]);
+  }
+}
+
 // The last steps for `count` rows of a token, in the order of the specification.
 template <Dtype dtype>
 FOS_FN void finish_rows(const Linear& l, int64_t token, int64_t row, const float* sums, int count) {
   const float* decode_scale = l.decode_scale + row;
   const float* bias = l.bias + row;
   float y[kBlock];
-  const float token_scale = l.token_scale == nullptr ? 1.0f : l.token_scale[token];
+  const float token_scale = token_scale_of(l, token);
   for (int r = 0; r < count; ++r) y[r] = (sums[r] * token_scale) * decode_scale[r];
   if (l.bias != nullptr) {
     for (int r = 0; r < count; ++r) y[r] = y[r] + bias[r];
   }
-  const int64_t at = token * l.outputs + row;
-  if (dtype == Dtype::fp32) {
-    float* out = static_cast<float*>(l.out) + at;
-    for (int r = 0; r < count; ++r) out[r] = y[r];
-  } else {
-    uint16_t* out = static_cast<uint16_t*>(l.out) + at;
-    for (int r = 0; r < count; ++r) out[r] = dtype == Dtype::bf16 ? bf16_bits(y[r]) : fp16_bits(y[r]);
-  }
+  write<dtype>(y, count, l.out, out_row_of(l, token) * l.outputs + row);
 }
 
 #if defined(__AVX512F__)
@@ -160,11 +175,11 @@ FOS_FN void finish_rows(const Linear& l, int64_t token, int64_t row, const float
 // finish_rows for all 16 at once, which the compiler does not find.
 template <Dtype dtype>
 FOS_FN void finish_strip(const Linear& l, int64_t token, int64_t row, const float* sums) {
-  const float token_scale = l.token_scale == nullptr ? 1.0f : l.token_scale[token];
+  const float token_scale = token_scale_of(l, token);
   __m512 y = _mm512_mul_ps(_mm512_load_ps(sums), _mm512_set1_ps(token_scale));
   y = _mm512_mul_ps(y, _mm512_loadu_ps(l.decode_scale + row));
   if (l.bias != nullptr) y = _mm512_add_ps(y, _mm512_loadu_ps(l.bias + row));
-  const int64_t at = token * l.outputs + row;
+  const int64_t at = out_row_of(l, token) * l.outputs + row;
   if (dtype == Dtype::fp32) return _mm512_storeu_ps(static_cast<float*>(l.out) + at, y);
   __m256i halves;
   if (dtype == Dtype::fp16) {
@@ -255,7 +270,12 @@ void units(const Linear& l, const float* x, int64_t token, int64_t begin, int64_
 }  // namespace
 
 void tokens_in_fp32(const Linear& l, int64_t begin, int64_t end, float* out) {
-  for (int64_t i = begin * l.columns; i < end * l.columns; ++i) out[i] = to_float(l.x, l.x_dtype, i);
+  const auto convert = l.x_dtype == Dtype::fp32   ? to_fp32<Dtype::fp32>
+                       : l.x_dtype == Dtype::bf16 ? to_fp32<Dtype::bf16>
+                                                  : to_fp32<Dtype::fp16>;
+  for (int64_t token = begin; token < end; ++token) {
+    convert(l.x, x_row_of(l, token) * l.columns, l.columns, out + token * l.columns);
+  }
 }
 
 void linear_strips(const Linear& l, const float* x, int64_t begin, int64_t end) {
@@ -277,6 +297,26 @@ void linear_strips(const Linear& l, const float* x, int64_t begin, int64_t end) 
     case 6: return units<6>(l, rest, token, begin, end);
     case 7: return units<7>(l, rest, token, begin, end);
 #endif
+  }
+}
+
+void combine_tokens(const Combine& c, int64_t begin, int64_t end) {
+  const StrictSubnormals strict;
+  constexpr int64_t kAtOnce = 64;
+  for (int64_t token = begin; token < end; ++token) {
+    for (int64_t first = 0; first < c.columns; first += kAtOnce) {
+      const int count = static_cast<int>(c.columns - first < kAtOnce ? c.columns - first : kAtOnce);
+      float total[kAtOnce] = {};
+      for (int64_t k = token * c.top_k; k < (token + 1) * c.top_k; ++k) {
+        const float* slot = c.slots + k * c.columns + first;
+        const float weight = c.weights == nullptr ? 1.0f : c.weights[k];
+        for (int i = 0; i < count; ++i) total[i] = total[i] + slot[i] * weight;
+      }
+      const int64_t at = token * c.columns + first;
+      if (c.dtype == Dtype::bf16) write<Dtype::bf16>(total, count, c.out, at);
+      else if (c.dtype == Dtype::fp16) write<Dtype::fp16>(total, count, c.out, at);
+      else write<Dtype::fp32>(total, count, c.out, at);
+    }
   }
 }
 
@@ -334,10 +374,11 @@ void tile_tokens(const Linear& l, int64_t begin, int64_t end, uint16_t* out) {
   for (int64_t group = begin; group < end; ++group) {
     for (int64_t t = 0; t < kTileTokens; ++t) {
       const int64_t token = group * kTileTokens + t;
+      const uint16_t* from = token < l.tokens ? x + x_row_of(l, token) * l.columns : x;
       for (int64_t step = 0; step < steps; ++step) {
         const int64_t column = step * kTileStep, left = token < l.tokens ? l.columns - column : 0;
         const __mmask32 exist = left >= kTileStep ? 0xFFFFFFFFu : left > 0 ? 0x0000FFFFu : 0u;
-        const __m512i numbers = _mm512_maskz_loadu_epi16(exist, x + token * l.columns + column);
+        const __m512i numbers = _mm512_maskz_loadu_epi16(exist, from + column);
         _mm512_store_si512(out + ((group * steps + step) * kTileTokens + t) * kTileStep, numbers);
       }
     }

@@ -57,16 +57,27 @@ struct Dequantize {
 
 // out = (((x W^T) * token_scale) * decode_scale) + bias, each step in fp32.
 struct Linear {
-  const void* x;  // [tokens, columns]
+  const void* x;  // [.., columns]
   Dtype x_dtype;
   int64_t tokens, columns, outputs;
   const uint8_t* codes;        // [outputs / 16, columns / 16, 8 pairs of columns, 16 rows]: even column in the low nibble
   const uint8_t* block_scale;  // [outputs / 16, columns / 16, 16 rows]; rows that fill up the last strip are 0
   const float* decode_scale;   // [outputs]
-  const float* token_scale;    // [tokens], or null for 1
+  const float* token_scale;    // of the rows of x, or null for 1
   const float* bias;           // [outputs], or null for 0
-  void* out;                   // [tokens, outputs]
+  void* out;                   // [.., outputs]
   Dtype out_dtype;
+  const int32_t* x_row;    // token -> row of x, or null for the token itself
+  const int32_t* out_row;  // token -> row of out, or null
+};
+
+// out = sum of a token's slots in their order, each times its weight, in fp32.
+struct Combine {
+  const float* slots;    // [tokens, top_k, columns]
+  const float* weights;  // [tokens, top_k], or null for 1
+  int64_t tokens, top_k, columns;
+  Dtype dtype;
+  void* out;  // [tokens, columns]
 };
 
 }  // namespace fos

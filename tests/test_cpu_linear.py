@@ -164,6 +164,77 @@ def test_memory_is_read_past_its_end(change: dict[str, Any], message: str) -> No
         native.linear(**{**arguments, **change})
 
 
+# --- experts ---
+
+# Experts with no, one, a few and, of 8 tokens and more, many slots, which are multiplied by tiles where there are any.
+EXPERTS, TOP_K = 5, 3
+
+
+def strips_of_experts(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    q = fos.quantize(randn(EXPERTS, rows, columns, seed=15).flatten(0, 1))
+    packed, scales = (t.unflatten(0, (EXPERTS, rows)) for t in (q.packed, q.block_scale.view(torch.uint8)))
+    return *cpu.to_strips(packed, scales), torch.rand(EXPERTS, rows) + 0.5
+
+
+def ids(tokens: int) -> Tensor:
+    """Expert 3 has no slot, expert 0 one of each token, and some slots are nobody's."""
+    others = torch.tensor([-1, 1, 2, 4, EXPERTS])
+    chosen = others[torch.randint(5, (tokens, TOP_K), generator=torch.Generator().manual_seed(tokens))]
+    chosen[:, 1] = 0
+    return chosen
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("by_slot", [False, True], ids=["token", "slot"])
+@pytest.mark.parametrize("tokens", [0, 1, 3, 20])
+def test_a_slot_is_not_the_product_of_its_expert(tokens: int, by_slot: bool, dtype: torch.dtype) -> None:
+    codes, scales, decode = strips_of_experts(50, 112)
+    rows = tokens * TOP_K if by_slot else tokens
+    x, token_scale, topk_ids = randn(rows, 112, seed=16).to(dtype), torch.rand(rows), ids(tokens)
+    y = native.linear_experts(x, codes, scales, decode, token_scale, topk_ids, dtype)
+    assert y.shape == (tokens * TOP_K, 50)
+    assert_same_tensor("int32", native.linear_experts(x, codes, scales, decode, token_scale, topk_ids.int(), dtype), y)
+    expert_of, row_of = topk_ids.flatten(), torch.arange(tokens * TOP_K) // (1 if by_slot else TOP_K)
+    for e in range(EXPERTS):
+        slots = (expert_of == e).nonzero().squeeze(-1)
+        own = row_of[slots]
+        alone = native.linear(x[own], codes[e], scales[e], decode[e], token_scale[own], None, dtype)
+        assert_same_tensor(f"expert {e}", y[slots], alone)
+    assert not y[(expert_of < 0) | (expert_of >= EXPERTS)].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("on_input", [False, True])
+@pytest.mark.parametrize("shape", [(0, 2, 48), (1, 8, 576), (7, 1, 16), (40, 3, 100)], ids=str)
+def test_slots_are_summed_otherwise(shape: tuple[int, ...], on_input: bool, dtype: torch.dtype) -> None:
+    slots, weights = randn(*shape, seed=17), torch.rand(shape[:2])
+    expected = reference.combine(slots, weights, on_input).to(dtype)
+    assert_same_tensor("sum", cpu.combine(slots, weights, on_input, dtype), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 48)}, "codes and block_scale: got"),
+        ({"x": torch.zeros(5, 112)}, "one for each token or each slot"),
+        ({"topk_ids": torch.zeros(2, 3, dtype=torch.int16)}, "needed int32 or int64"),
+        ({"topk_ids": torch.zeros(6, dtype=torch.int32)}, "one for each token or each slot"),
+        ({"token_scale": torch.ones(3)}, "token_scale: got 3, needed 2"),
+        ({"decode_scale": torch.ones(250)}, r"needed \[E, N\]"),
+        ({"decode_scale": torch.ones(4, 50)}, "codes and block_scale: got"),
+    ],
+    ids=str,
+)
+def test_memory_of_other_experts_is_read(change: dict[str, Any], message: str) -> None:
+    codes, scales, decode = strips_of_experts(50, 112)
+    arguments = {"x": torch.zeros(2, 112), "codes": codes, "block_scale": scales, "decode_scale": decode}
+    arguments |= {"token_scale": None, "topk_ids": ids(2), "dtype": torch.float32}
+    with pytest.raises(RuntimeError, match=message):
+        native.linear_experts(**{**arguments, **change})
+    with pytest.raises(RuntimeError, match="topk_weights: got 5 numbers, needed 6"):
+        native.combine(torch.zeros(2, 3, 16), torch.ones(5), torch.float32)
+
+
 # --- instruction sets this processor would not choose ---
 
 SHIM = """

@@ -220,8 +220,11 @@ def _cpu_recipe() -> _Recipe:
         for isa, flags in _ISAS.get(platform.machine(), {"baseline": ()}).items()
         for source in ("cpu.cpp", "cpu_linear.cpp")
     ]
-    bindings = (compiler, *_CPP, *include, "-DFOS_LIBRARY=fouroversix_cpu", "-DFOS_KEY=CPU")
-    return _Recipe((*kernels, (*bindings, "-c", str(csrc() / "bindings.cpp"))), (compiler, "-shared", *libraries))
+    bindings = [
+        (compiler, *_CPP, *include, "-DFOS_LIBRARY=fouroversix_cpu", "-DFOS_KEY=CPU", "-c", str(csrc() / source))
+        for source in ("bindings.cpp", "bindings_cpu.cpp")
+    ]
+    return _Recipe((*kernels, *bindings), (compiler, "-shared", *libraries))
 
 
 def nvcc() -> str:

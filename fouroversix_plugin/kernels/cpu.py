@@ -131,43 +131,65 @@ def moe(
     inner_amax: Tensor | None = None,
 ) -> Tensor:
     """:func:`fouroversix_plugin.reference.moe` on prepared weights: an expert sees only the tokens routed to it."""
-    experts = w13_decode_scale.shape[0]
-    slots = torch.zeros(*topk_ids.shape, w2_decode_scale.shape[1], dtype=torch.float32)
+    dtype, token_scale = x.dtype, None
+    if apply_router_weight_on_input:
+        x = (x.float().unsqueeze(1) * topk_weights.float().unsqueeze(-1)).to(dtype).flatten(0, 1)
+    if activations is not None:
+        x, token_scale = quantize_values(x, activations, input_amax)
+    gate_up = linear_experts(x, w13, w13_block_scale, w13_decode_scale, token_scale, topk_ids, dtype)
+    token_scale = None
+    if activations is not None and activation == "silu":
+        inner, token_scale = quantize_values(gate_up, activations, inner_amax, gated=True)
+    else:
+        inner = _gated_activation(gate_up, activation)
+        if activations is not None:
+            inner, token_scale = quantize_values(inner, activations, inner_amax)
+    slots = linear_experts(inner, w2, w2_block_scale, w2_decode_scale, token_scale, topk_ids, torch.float32)
+    return combine(
+        slots.view(*topk_ids.shape, w2_decode_scale.shape[1]), topk_weights, apply_router_weight_on_input, dtype
+    )
 
-    def product(
-        rows: Tensor,
-        weight: Tensor,
-        scales: Tensor | None,
-        decode_scale: Tensor,
-        of_row: Tensor | None,
-        out: torch.dtype,
-    ) -> Tensor:
-        return linear(rows, weight[e], None if scales is None else scales[e], decode_scale[e], of_row, None, out)
 
-    quantized = None
-    if activations is not None and not apply_router_weight_on_input:
-        quantized = quantize_values(x, activations, input_amax)
-    for e in topk_ids.unique().tolist():
-        if not 0 <= e < experts:
-            continue  # another rank's expert
-        token, slot = (topk_ids == e).nonzero(as_tuple=True)
-        expert_in, token_scale = x[token], None
-        if quantized is not None:
-            expert_in, token_scale = quantized[0][token], quantized[1][token]
-        elif apply_router_weight_on_input:
-            expert_in = (expert_in.float() * topk_weights[token, slot].float().unsqueeze(-1)).to(x.dtype)
-            if activations is not None:
-                expert_in, token_scale = quantize_values(expert_in, activations, input_amax)
-        gate_up = product(expert_in, w13, w13_block_scale, w13_decode_scale, token_scale, x.dtype)
-        token_scale = None
-        if activations is not None and activation == "silu":
-            hidden, token_scale = quantize_values(gate_up, activations, inner_amax, gated=True)
-        else:
-            hidden = _gated_activation(gate_up, activation)
-            if activations is not None:
-                hidden, token_scale = quantize_values(hidden, activations, inner_amax)
-        slots[token, slot] = product(hidden, w2, w2_block_scale, w2_decode_scale, token_scale, torch.float32)
-    return reference.combine(slots, topk_weights, apply_router_weight_on_input).to(x.dtype)
+def linear_experts(
+    x: Tensor,
+    weight: Tensor,
+    block_scale: Tensor | None,
+    decode_scale: Tensor,
+    token_scale: Tensor | None,
+    topk_ids: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """:func:`linear` by the expert of each slot of ``topk_ids`` [M, top_k]: [M * top_k, N].
+
+    Args:
+        x: [M, K], a row for each token, or [M * top_k, K], one for each slot.
+        weight, block_scale, decode_scale: of all experts [E, ...], as :func:`linear` wants them of one.
+        token_scale: None, or one for each row of x.
+
+    Slots of experts that there are not (other ranks') are 0.
+    """
+    if block_scale is not None and weight.ndim > 3:
+        ids = topk_ids if topk_ids.dtype == torch.int64 else topk_ids.int()
+        return native.linear_experts(x, weight, block_scale, decode_scale, token_scale, ids, dtype)
+    out = torch.zeros(topk_ids.numel(), decode_scale.shape[1], dtype=dtype)
+    expert_of = topk_ids.flatten()
+    slots_of_row = expert_of.numel() // max(x.shape[0], 1)
+    for e in expert_of.unique().tolist():
+        if not 0 <= e < decode_scale.shape[0]:
+            continue
+        slot = (expert_of == e).nonzero().squeeze(-1)
+        row = slot // slots_of_row
+        scales = None if block_scale is None else block_scale[e]
+        of_row = None if token_scale is None else token_scale[row]
+        out[slot] = linear(x[row], weight[e], scales, decode_scale[e], of_row, None, dtype)
+    return out
+
+
+def combine(slots: Tensor, topk_weights: Tensor, apply_router_weight_on_input: bool, dtype: torch.dtype) -> Tensor:
+    """:func:`fouroversix_plugin.reference.combine`, rounded to ``dtype``."""
+    if build.load("cpu") is None:
+        return native.combine(slots, None if apply_router_weight_on_input else topk_weights.float(), dtype)
+    return reference.combine(slots, topk_weights, apply_router_weight_on_input).to(dtype)
 
 
 def _gated_activation(gate_up: Tensor, activation: str) -> Tensor:

@@ -1,7 +1,7 @@
 """The compiled operators (``torch.ops.fouroversix_cpu`` and ``_cuda``) by the names and types of this package.
 
-Both devices have the same three quantizers, and the CPU a product; :mod:`fouroversix_plugin.kernels.build` compiles and
-loads them.
+Both devices have the same three quantizers, and the CPU products, too; :mod:`fouroversix_plugin.kernels.build` compiles
+and loads them.
 """
 
 from __future__ import annotations
@@ -67,6 +67,28 @@ def linear(
     """y [M, N] on the CPU, from weights in strips (:func:`fouroversix_plugin.kernels.cpu.to_strips`)."""
     fp32_bias = None if bias is None else bias.float()
     out: Tensor = torch.ops.fouroversix_cpu.linear(x, codes, block_scale, decode_scale, token_scale, fp32_bias, dtype)
+    return out
+
+
+def linear_experts(
+    x: Tensor,
+    codes: Tensor,
+    block_scale: Tensor,
+    decode_scale: Tensor,
+    token_scale: Tensor | None,
+    topk_ids: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The same by the expert of each slot; see :func:`fouroversix_plugin.kernels.cpu.linear_experts`."""
+    out: Tensor = torch.ops.fouroversix_cpu.linear_experts(
+        x, codes, block_scale, decode_scale, token_scale, topk_ids, dtype
+    )
+    return out
+
+
+def combine(slots: Tensor, topk_weights: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The sum over top_k of fp32 slots [M, top_k, N], each times its weight (fp32), rounded to ``dtype``."""
+    out: Tensor = torch.ops.fouroversix_cpu.combine(slots, topk_weights, dtype)
     return out
 
 
