@@ -385,10 +385,10 @@ void tile_tokens(const Linear& l, int64_t begin, int64_t end, uint16_t* out) {
   }
 }
 
-void linear_panel(const Linear& l, const uint16_t* tokens, int64_t begin, int64_t end, uint16_t* scratch) {
-  const StrictSubnormals strict;
-  const TileConfig config;
-  _tile_loadconfig(&config);
+namespace {
+
+template <Dtype dtype>
+void panel_as(const Linear& l, const uint16_t* tokens, int64_t begin, int64_t end, uint16_t* scratch) {
   const int64_t steps = (l.columns + kTileStep - 1) / kTileStep, strip = steps * kTile;
   const int64_t strips = end - begin, groups = (l.tokens + kTileTokens - 1) / kTileTokens;
   for (int64_t s = 0; s < strips; ++s) unpack_strip(l, begin + s, scratch + s * strip);
@@ -422,12 +422,23 @@ void linear_panel(const Linear& l, const uint16_t* tokens, int64_t begin, int64_
         for (int64_t t = 0; t < kTileTokens; ++t) {
           const int64_t token = (group + g) * kTileTokens + t;
           if (token >= l.tokens) break;
-          finish(l, token, (begin + s) * kBlock, sums[g][0][t]);
-          if (s + 1 < strips) finish(l, token, (begin + s + 1) * kBlock, sums[g][1][t]);
+          finish_as<dtype>(l, token, (begin + s) * kBlock, sums[g][0][t]);
+          if (s + 1 < strips) finish_as<dtype>(l, token, (begin + s + 1) * kBlock, sums[g][1][t]);
         }
       }
     }
   }
+}
+
+}  // namespace
+
+void linear_panel(const Linear& l, const uint16_t* tokens, int64_t begin, int64_t end, uint16_t* scratch) {
+  const StrictSubnormals strict;
+  const TileConfig config;
+  _tile_loadconfig(&config);
+  if (l.out_dtype == Dtype::bf16) panel_as<Dtype::bf16>(l, tokens, begin, end, scratch);
+  else if (l.out_dtype == Dtype::fp16) panel_as<Dtype::fp16>(l, tokens, begin, end, scratch);
+  else panel_as<Dtype::fp32>(l, tokens, begin, end, scratch);
   _tile_release();
 }
 
