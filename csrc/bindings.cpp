@@ -132,10 +132,6 @@ struct Inputs {
   OptionalTensor amax, offsets;
 };
 
-const float* floats(const OptionalTensor& tensor) {
-  return tensor.has_value() ? static_cast<const float*>(tensor->data_ptr()) : nullptr;
-}
-
 Quantize describe(Inputs& in, bool gated, int64_t scope, int64_t metric, int64_t domain, bool adaptive,
                   double encoded_amax, int64_t layout) {
   STD_TORCH_CHECK(in.x.dim() == 2, "x: got ", in.x.dim(), " dimensions, needed [M, K]");

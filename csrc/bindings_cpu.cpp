@@ -23,7 +23,7 @@ class Lines {
 };
 
 struct Product {
-  Linear l;
+  const Linear& l;
   bool by_tiles;
   int64_t tokens_at;  // where its tokens are, as the kernels read them, among those of all products
 };
@@ -101,16 +101,15 @@ int64_t parts_of_product(int64_t products) {
   return products == 1 ? threads : (kPartsOfThread * threads + products - 1) / products;
 }
 
-void run(std::vector<Product>& products) {
+void run(const std::vector<Linear>& linears) {
   const CpuKernels& kernels = cpu_kernels();
+  std::vector<Product> products;
   std::vector<Part> tokens, strips;
-  const int64_t count = static_cast<int64_t>(products.size()), parts = parts_of_product(count);
+  const int64_t count = static_cast<int64_t>(linears.size()), parts = parts_of_product(count);
   int64_t bytes = 0, x_values = 0, w_values = 0;
   for (int64_t i = 0; i < count; ++i) {
-    Product& p = products[i];
-    const Linear& l = p.l;
-    p.by_tiles = by_tiles(l);
-    p.tokens_at = bytes;
+    const Linear& l = linears[i];
+    const Product& p = products.emplace_back(Product{l, by_tiles(l), bytes});
     bytes += p.by_tiles ? tile_bytes(l) : l.tokens * l.columns * static_cast<int64_t>(sizeof(float));
     x_values += l.tokens * l.columns;
     w_values += strips_of(l) * kBlock * l.columns;
@@ -160,8 +159,8 @@ Linear describe(Tensor& x, Tensor& codes, Tensor& block_scale, Tensor& decode_sc
     check(*token_scale, "token_scale", ScalarType::Float, x);
     STD_TORCH_CHECK(token_scale->numel() == x.size(0), "token_scale: got ", token_scale->numel(), ", needed ", x.size(0));
     token_scale = torch::stable::contiguous(*token_scale);
-    l.token_scale = static_cast<const float*>(token_scale->data_ptr());
   }
+  l.token_scale = floats(token_scale);
   l.codes = static_cast<const uint8_t*>(codes.data_ptr());
   l.block_scale = static_cast<const uint8_t*>(block_scale.data_ptr());
   l.decode_scale = static_cast<const float*>(decode_scale.data_ptr());
@@ -177,18 +176,19 @@ Tensor linear(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, O
     check(*bias, "bias", ScalarType::Float, x);
     STD_TORCH_CHECK(bias->numel() == l.outputs, "bias: got ", bias->numel(), ", needed ", l.outputs);
     bias = torch::stable::contiguous(*bias);
-    l.bias = static_cast<const float*>(bias->data_ptr());
   }
+  l.bias = floats(bias);
   Tensor out = torch::stable::new_empty(x, {l.tokens, l.outputs}, dtype);
   l.out = out.data_ptr();
-  std::vector<Product> products = {{l, false, 0}};
-  if (l.tokens > 0 && l.outputs > 0) run(products);
+  if (l.tokens > 0 && l.outputs > 0) run({l});
   return out;
 }
 
-int64_t id_at(const Tensor& topk_ids, int64_t slot) {
-  return topk_ids.scalar_type() == ScalarType::Long ? static_cast<const int64_t*>(topk_ids.data_ptr())[slot]
-                                                    : static_cast<const int32_t*>(topk_ids.data_ptr())[slot];
+// -1 for one that there is not.
+int64_t expert_of(const Tensor& topk_ids, int64_t slot, int64_t experts) {
+  const int64_t id = topk_ids.scalar_type() == ScalarType::Long ? static_cast<const int64_t*>(topk_ids.data_ptr())[slot]
+                                                                : static_cast<const int32_t*>(topk_ids.data_ptr())[slot];
+  return 0 <= id && id < experts ? id : -1;
 }
 
 // For each slot of topk_ids [M, top_k] the product with its expert's weights, of row `slot` of x, or of its token's where x
@@ -210,32 +210,32 @@ Tensor linear_experts(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_
   l.out = out.data_ptr();
 
   std::vector<int64_t> end(experts + 1);  // of each expert's slots, once they are sorted
+  const int64_t row_bytes = l.outputs * size_of(l.out_dtype);
   for (int64_t slot = 0; slot < slots; ++slot) {
-    const int64_t id = id_at(topk_ids, slot);
-    if (0 <= id && id < experts) ++end[id + 1];
-    else std::memset(static_cast<uint8_t*>(l.out) + slot * l.outputs * size_of(l.out_dtype), 0,
-                     l.outputs * size_of(l.out_dtype));
+    const int64_t e = expert_of(topk_ids, slot, experts);
+    if (e >= 0) ++end[e + 1];
+    else std::memset(static_cast<uint8_t*>(l.out) + slot * row_bytes, 0, row_bytes);
   }
   for (int64_t e = 0; e < experts; ++e) end[e + 1] += end[e];
   std::vector<int32_t> x_row(slots), out_row(slots);
   for (int64_t slot = 0; slot < slots; ++slot) {
-    const int64_t id = id_at(topk_ids, slot);
-    if (id < 0 || id >= experts) continue;
-    x_row[end[id]] = static_cast<int32_t>(slot / slots_of_row);
-    out_row[end[id]++] = static_cast<int32_t>(slot);
+    const int64_t e = expert_of(topk_ids, slot, experts);
+    if (e < 0) continue;
+    x_row[end[e]] = static_cast<int32_t>(slot / slots_of_row);
+    out_row[end[e]++] = static_cast<int32_t>(slot);
   }
-  std::vector<Product> products;
-  const int64_t strips = strips_of(l), blocks = strips * l.columns;
+  std::vector<Linear> products;
+  const int64_t scales = strips_of(l) * l.columns;  // of an expert
   for (int64_t e = 0, begin = 0; e < experts; begin = end[e++]) {
     if (end[e] == begin) continue;
     Linear of_expert = l;
     of_expert.tokens = end[e] - begin;
     of_expert.x_row = x_row.data() + begin;
     of_expert.out_row = out_row.data() + begin;
-    of_expert.codes += e * blocks * (kBlock / 2);
-    of_expert.block_scale += e * blocks;
+    of_expert.codes += e * scales * (kBlock / 2);
+    of_expert.block_scale += e * scales;
     of_expert.decode_scale += e * l.outputs;
-    products.push_back({of_expert, false, 0});
+    products.push_back(of_expert);
   }
   if (!products.empty() && l.outputs > 0) run(products);
   return out;
@@ -256,8 +256,8 @@ Tensor combine(Tensor slots, OptionalTensor topk_weights, ScalarType dtype) {
     STD_TORCH_CHECK(topk_weights->numel() == c.tokens * c.top_k, "topk_weights: got ", topk_weights->numel(),
                     " numbers, needed ", c.tokens * c.top_k);
     topk_weights = torch::stable::contiguous(*topk_weights);
-    c.weights = static_cast<const float*>(topk_weights->data_ptr());
   }
+  c.weights = floats(topk_weights);
   Tensor out = torch::stable::new_empty(slots, {c.tokens, c.columns}, dtype);
   c.out = out.data_ptr();
   const int64_t values = c.top_k * c.columns;

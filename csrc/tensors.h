@@ -36,6 +36,10 @@ inline void check(const Tensor& tensor, const char* name, ScalarType type, const
   STD_TORCH_CHECK(tensor.device() == beside.device(), name, ": on another device than the input");
 }
 
+inline const float* floats(const OptionalTensor& tensor) {
+  return tensor.has_value() ? static_cast<const float*>(tensor->data_ptr()) : nullptr;
+}
+
 // Contiguous, and where vectors of 16 bytes can be read: a view may begin anywhere.
 inline Tensor readable(Tensor tensor) {
   tensor = torch::stable::contiguous(tensor);
