@@ -120,9 +120,14 @@ FOS_FN uint16_t fp16_bits(float x) {
 
 // --- the gated activation, pinned: the same bits on every device ---
 
-// e^x for x in [-104, 89], within 2 units in the last place: 2^n * e^r with |r| <= ln(2)/2, no fused operation.
+// e^x as p * 2^n for x in [-104, 89], within 2 units in the last place: p = e^r with |r| <= ln(2)/2, no fused operation.
 // Coefficients are the Taylor series'; ln(2) is split so that n * high is exact.
-FOS_FN float exp_pinned(float x) {
+struct Exponential {
+  float p;
+  int n;  // -150 to 128
+};
+
+FOS_FN Exponential exp_pinned(float x) {
   const float shifted = x * 0x1.715476p+0f + 0x1.8p23f;  // n in the last mantissa bits
   const float n = shifted - 0x1.8p23f;
   const float r = (x - n * 0x1.62ep-1f) - n * 0x1.0bfbe8p-15f;
@@ -134,16 +139,18 @@ FOS_FN float exp_pinned(float x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  // 2^n in two factors: n reaches -150, and 2^128 is no float.
-  const int i = static_cast<int>(bits<uint32_t>(shifted) - bits<uint32_t>(0x1.8p23f)), half = i >> 1;
-  return p * bits<float>(static_cast<uint32_t>(half + 127) << 23) *
-         bits<float>(static_cast<uint32_t>(i - half + 127) << 23);
+  return {p, static_cast<int>(bits<uint32_t>(shifted) - bits<uint32_t>(0x1.8p23f))};
 }
+
+// 2^n, for a normal result.
+FOS_FN float power_of_two(int n) { return bits<float>(static_cast<uint32_t>(n + 127) << 23); }
 
 // silu(gate) * up. Below -104, e^-gate is infinite and the product 0; NaN stays NaN.
 FOS_FN float silu_and_mul(float gate, float up) {
   const float t = -gate;
-  float e = exp_pinned(t < -104.0f ? -104.0f : (t > 89.0f ? 89.0f : t));
+  const Exponential power = exp_pinned(t < -104.0f ? -104.0f : (t > 89.0f ? 89.0f : t));
+  const int half = power.n >> 1;  // two factors: 2^-150 and 2^128 are no normal numbers
+  float e = power.p * power_of_two(half) * power_of_two(power.n - half);
   e = t > 89.0f ? bits<float>(kExponent) : e;
   return (gate / (1.0f + e)) * up;
 }

@@ -20,7 +20,9 @@ from products import (
 )
 from torch import Tensor
 
+from fouroversix_plugin import reference
 from fouroversix_plugin.kernels import hopper, ops
+from fouroversix_plugin.nvfp4 import NVFP4Tensor
 from fouroversix_plugin.recipe import Recipe
 
 pytestmark = list(ON_CUDA)
@@ -85,3 +87,30 @@ def test_tiles_of_experts_change_a_result(
             expected = expected_experts(x, *q, weights, ids)[0]
             for tokens in (8, 32):
                 assert_within(f"{rows} rows, {tokens} a tile", of_tiles[tokens], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [8, 64])
+def test_the_pinned_silu_of_a_gate_is_another_number(tokens: int, dtype: torch.dtype) -> None:
+    every = torch.arange(1 << 16, device="cuda").to(torch.uint16).view(dtype)
+    # Below that, a product with a weight is no normal number in fp32; and no sum is -0.
+    gate = every[every.isfinite() & ((every.view(torch.int16) == 0) | (every.float().abs() >= 2.0**-100))]
+    x = torch.zeros(len(gate), 64, device="cuda", dtype=dtype)
+    x[:, 0], x[:, 1] = gate, 1.7
+    # 16 rows that take column 0 for gate, 16 that take column 1 for up: 2 is the code of 1.
+    packed = torch.zeros(1, 32, 32, device="cuda", dtype=torch.uint8)
+    packed[:, :16, 0], packed[:, 16:, 0] = 0x02, 0x20
+    block_scale = torch.ones(1, 32, 4, device="cuda").to(torch.float8_e4m3fn)
+    held = ops.prepare_weight(NVFP4Tensor(packed, block_scale, torch.ones(1, device="cuda")), dtype, gated=True)
+    kernels = torch.ops.fouroversix_cuda
+    ids = torch.zeros(len(gate), 1, device="cuda", dtype=torch.int32)
+    slot_of_row, token_of_row, blocks, in_use = kernels.route(ids, 1, tokens)
+    few = tokens == 8
+    inner = kernels.multiply_experts(
+        x if few else kernels.gather(x, token_of_row, slot_of_row, in_use, None),
+        held.weight, held.block_scale, held.decode_scale, None, token_of_row if few else None, token_of_row, None,
+        blocks, in_use, 16, True, hopper._PINNED_SILU, tokens,
+    )  # fmt: skip
+    expected = reference.silu_and_mul(x[:, :2].cpu()).expand(-1, 16)
+    of_token = torch.empty_like(inner).index_copy_(0, token_of_row.long(), inner)
+    assert_same_tensor(f"{len(gate)} gates", of_token.cpu(), expected.contiguous())
