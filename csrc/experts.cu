@@ -57,12 +57,14 @@ __global__ void __launch_bounds__(kRouteThreads) sort_slots(const Route r) {
     int rows = 0, blocks = 0;
     for (int first = 0; first < r.experts; first += kWarp) {
       const int expert = first + lane, own = expert < r.experts ? all[expert] : 0;
-      const int own_blocks = (own + r.tokens - 1) / r.tokens;
+      // Blocks of an expert are about as large as each other: for a block of few rows weights are unpacked, too.
+      const int own_blocks = (own + r.tokens - 1) / r.tokens, eights = 8 * own_blocks;
+      const int own_rows = own == 0 ? 0 : (own + eights - 1) / eights * 8;
       const int rows_to = warp_sum_up_to(own, lane), blocks_to = warp_sum_up_to(own_blocks, lane);
       const int begin = rows + rows_to - own, end = rows + rows_to;
       for (int i = 0; rank == 0 && i < own_blocks; ++i) {
-        const int from = begin + i * r.tokens;
-        r.blocks[blocks + blocks_to - own_blocks + i] = {expert, from, min(end, from + r.tokens), 0};
+        const int from = begin + i * own_rows;
+        r.blocks[blocks + blocks_to - own_blocks + i] = {expert, from, min(end, from + own_rows), 0};
       }
       if (expert < r.experts) next[expert] = begin + before[expert];
       rows += __shfl_sync(~0u, rows_to, kWarp - 1);
@@ -92,14 +94,23 @@ __global__ void __launch_bounds__(kCopyThreads) gather_rows(const Gather g) {
   const uint4* from = reinterpret_cast<const uint4*>(g.x) + token * (g.columns / kEach);
   uint4* to = reinterpret_cast<uint4*>(g.out) + static_cast<int64_t>(row) * (g.columns / kEach);
   const float weight = g.topk_weights == nullptr ? 1.0f : g.topk_weights[g.slot_of_row[row]];
-  for (int i = threadIdx.x; i < g.columns / kEach; i += kCopyThreads) {
-    uint4 word = from[i];
-    if (g.topk_weights != nullptr) {
-      Value* values = reinterpret_cast<Value*>(&word);
+  const int words = g.columns / kEach;
+  for (int first = threadIdx.x; first < words; first += kAtOnce * kCopyThreads) {
+    uint4 read[kAtOnce];
 #pragma unroll
-      for (int k = 0; k < kEach; ++k) round_to(widen(values[k]) * weight, values[k]);
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i * kCopyThreads < words) read[i] = from[first + i * kCopyThreads];
     }
-    to[i] = word;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i * kCopyThreads >= words) break;
+      if (g.topk_weights != nullptr) {
+        Value* values = reinterpret_cast<Value*>(&read[i]);
+#pragma unroll
+        for (int k = 0; k < kEach; ++k) round_to(widen(values[k]) * weight, values[k]);
+      }
+      to[first + i * kCopyThreads] = read[i];
+    }
   }
 }
 
