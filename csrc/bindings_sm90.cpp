@@ -18,11 +18,10 @@ int row_tiles_of(int rows, bool gated) {
   return int_of(ceil_div(gated ? rows / 2 : rows, gated ? cuda::kRowTile / 2 : cuda::kRowTile));
 }
 
-int multiprocessors() {
-  int device = 0, count = 0;
-  check_launch(cudaGetDevice(&device));
-  check_launch(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return count;
+cuda::Chip chip() {
+  cuda::Chip found;
+  check_launch(cuda::chip(&found));
+  return found;
 }
 
 // --- weights ---
@@ -156,18 +155,26 @@ Tensor linear(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, O
   g.out = out.data_ptr();
   cuda::Launch launch = {int_of(tokens), int_of(split), int_of(strips)};
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  g.multiprocessors = multiprocessors();
-  if (tokens == 0) launch = cuda::launch_of(g.rows, g.columns, g.outputs, any_rows, g.multiprocessors);
-  STD_TORCH_CHECK(launch.split >= 1 && launch.split <= 8, "split: got ", launch.split, ", needed 1 to 8");
-  const int most_strips = launch.tokens <= cuda::kFewRows ? 8 : 1;
+  const cuda::Chip on = chip();
+  g.multiprocessors = on.multiprocessors;
+  if (tokens == 0) launch = cuda::launch_of(g.rows, g.columns, g.outputs, any_rows, on);
+  const bool few = launch.tokens <= cuda::kFewRows, sliced = !few && launch.strips > 1;
+  const int most_strips = few ? 8 : launch.tokens == 64 || launch.tokens == 128 ? 2 : 1;
+  const int most_split = few ? 1 : sliced ? cuda::kMostSlices : cuda::kMostSplit;
   STD_TORCH_CHECK(launch.strips >= 1 && launch.strips <= most_strips, "strips: got ", launch.strips, ", needed 1 to ",
                   most_strips, " with ", launch.tokens, " tokens a tile");
+  STD_TORCH_CHECK(launch.split >= 1 && launch.split <= most_split, "split: got ", launch.split, ", needed 1 to ",
+                  most_split, " with ", launch.tokens, " tokens a tile and ", launch.strips, " strips");
   g.tokens = launch.tokens;
-  g.split = launch.split;
-  g.split_steps = int_of(ceil_div(g.steps, g.split));
-  g.split = int_of(ceil_div(g.steps, g.split_steps));  // nobody without a step
   g.strips = launch.strips;
+  g.split_steps = int_of(ceil_div(g.steps, launch.split));
+  g.split = int_of(ceil_div(g.steps, g.split_steps));  // nobody without a step
   g.block_limit = int_of(ceil_div(g.rows, g.tokens));
+  std::optional<Tensor> sums;
+  if (sliced) {
+    sums = torch::stable::new_empty(x, {g.split, g.rows, outputs}, ScalarType::Float);
+    g.sums = static_cast<float*>(sums->data_ptr());
+  }
   check_launch(cuda::multiply(g, current_stream(x)));
   return out;
 }
@@ -253,7 +260,7 @@ Tensor multiply_experts(Tensor x, Tensor codes, Tensor block_scale, Tensor decod
   Tensor out = torch::stable::new_empty(x, {rows, outputs}, gated ? x.scalar_type() : ScalarType::Float);
   g.out = out.data_ptr();
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  g.multiprocessors = multiprocessors();
+  g.multiprocessors = chip().multiprocessors;
   const int64_t weight_rows = gated ? 2 * outputs : outputs;
   g.strips = few ? cuda::strips_at_once(ceil_div(weight_rows, 16), g.block_limit, g.columns, g.multiprocessors)
                  : cuda::tiles_at_once(g.row_tiles, g.block_limit, g.tokens, g.multiprocessors);

@@ -54,11 +54,13 @@ struct Gemm {
   int block_limit;           // blocks there is room for
   Powers powers;
   // How it is launched.
-  int tokens;  // rows of x in a tile: 32, 64, 128 or 256; 8, or 16 of one weight, are few
-  int split;   // CTAs of a cluster that share the columns of a tile, 1 to 8; 1 of experts and of few rows
-  int split_steps;  // steps of each of them, but for the last
-  int strips;  // weight rows that a CTA multiplies with the same x at once: 1 to 8 times 16 of few rows of x, else one
-               // tile, or two of experts with at most 128 tokens
+  int tokens;  // rows of x in a tile: 32, 64 or 128; 192 of experts, 256 of one weight; 8, or 16 of one weight, are few
+  int strips;  // weight rows that a CTA multiplies with the same x at once: 1 to 8 times 16 of few rows of x; else 1 or 2
+               // times 128: 2 of experts, up to 128 tokens (with 192 it is always 192 rows), or of slices
+  int split;   // parts of one weight's columns: 1 to kMostSplit CTAs of a cluster, which adds their sums; or, with 2 strips
+               // and 64 or 128 tokens, 1 to kMostSlices slices, whose sums another kernel adds
+  int split_steps;  // steps of each part, but for the last
+  float* sums;      // of slices: [split, rows, outputs]; else null
   int multiprocessors;  // of the device
 };
 
@@ -108,12 +110,25 @@ cudaError_t gather(const Gather& g, cudaStream_t stream);
 cudaError_t combine(const Combine& c, cudaStream_t stream);
 
 struct Launch {
-  int tokens, split, strips;
+  int tokens, split, strips;  // as Gemm has them
 };
 
-// How one weight is multiplied fastest, on a chip of `multiprocessors`. `any_rows`: so that no sum depends on how many
-// rows there are.
-Launch launch_of(int rows, int columns, int outputs, bool any_rows, int multiprocessors);
+constexpr int kMostSplit = 8, kMostSlices = 16;
+constexpr int kMostShared = 3;  // of kMostSplit that are chosen: larger clusters leave multiprocessors idle
+
+struct Chip {
+  int multiprocessors;
+  int clusters[kMostShared + 1];  // that run at once, by their CTAs: it depends on how multiprocessors are grouped
+};
+
+// Of the current device, found out once.
+cudaError_t chip(Chip* found);
+// For clusters of as many CTAs, each of which takes a multiprocessor's shared memory.
+cudaError_t clusters_at_once(int ctas, int* clusters);
+
+// How one weight is multiplied fastest. `any_rows`: so that no sum depends on how many rows there are, or on how
+// multiprocessors are grouped.
+Launch launch_of(int rows, int columns, int outputs, bool any_rows, const Chip& chip);
 
 constexpr int kFewRows = 16, kFewExpertRows = 8;  // of x at most that count as few: of one weight, of an expert
 constexpr int kFewWarps = 16;  // that multiply, of a CTA of few rows: a pair of steps each at once
@@ -141,5 +156,9 @@ FOS_PRODUCTS(fp16, linear)
 FOS_PRODUCTS(fp16, gated)
 FOS_PRODUCTS(fp16, fp32)
 #undef FOS_PRODUCTS
+
+// And slices_sm90.cu, once for each dtype: what a sliced product ends with.
+cudaError_t add_slices_bf16_linear(const Gemm& g, cudaStream_t stream);
+cudaError_t add_slices_fp16_linear(const Gemm& g, cudaStream_t stream);
 
 }  // namespace fos::cuda

@@ -5,15 +5,15 @@
 // from shared memory (so what is computed is y^T). Sums are fp32; decode scales come after them. Where x is itself
 // e2m1 * block_scale (W4A4), every product is exact.
 //
-// A team of two consumer warpgroups has a tile, each 64 of its 128 weight rows, and two producer threads that keep the
-// copy engine `kStages` stages of one or two steps of 64 columns ahead: how many copies there are is what limits it, not
-// how much they bring. A warpgroup multiplies with one set of registers while it unpacks into the other. A CTA has two
-// teams, so that one multiplies while the other unpacks or writes results; or one, of 256 tokens.
+// A team of two to four consumer warpgroups has a tile, each 64 weight rows and all of them the same tokens. Producer
+// threads keep the copy engine `kStages` stages of one or two steps of 64 columns ahead: how many copies there are is what
+// limits it, not how much they bring. A warpgroup multiplies with one set of registers while it unpacks into the other. A
+// CTA has two teams of two, so that one multiplies while the other unpacks or writes results, or one team.
 //
-// CTAs stay and take tile after tile. Of experts that have enough of them, both teams take tiles of the same tokens and
-// read one x: what the second-level cache can give limits tiles that bring an x each. (One weight's many tokens are better
-// off in tiles of 256.) Where tiles are few, a cluster shares their columns (`split`) and adds its sums, in the order of
-// its ranks.
+// CTAs stay and take tile after tile. Large teams read x less often: what the second-level cache can give limits experts.
+// (One weight's many tokens are better off in tiles of 256.) Where tiles are few, their columns are shared (`split`): by a
+// cluster, which adds its sums in the order of its ranks; or, where there are many columns, in slices, whose sums go
+// through memory to slices_sm90.cu, which adds them in their order.
 //
 // Compiled with FOS_DTYPE = bf16 or fp16 and FOS_OUTPUT = linear, gated or fp32, and -fmad=false: what is added is
 // rounded after it was multiplied.
@@ -22,11 +22,11 @@
 namespace fos::cuda {
 namespace {
 
-constexpr int kGroup = 128;  // threads
-constexpr int kGroups = 2;   // consumer warpgroups of a team
-constexpr int kTeam = kGroups * kGroup, kWarps = kTeam / kWarp;
-constexpr int kGroupRows = kRowTile / kGroups;
+constexpr int kGroup = 128;     // threads of a warpgroup
+constexpr int kGroupRows = 64;  // of the weight
 constexpr int kWarpRows = 16;
+constexpr int kGroupCodes = kCodeBytes / 2, kGroupScales = kScaleBytes / 2;  // of a step
+static_assert(2 * kGroupRows == kRowTile);
 
 // Sums of a split tile are staged as [token][row], rows padded so that neither side meets a bank twice.
 constexpr int kTilePitch = kRowTile + 4;
@@ -36,72 +36,86 @@ constexpr int kChunk = kOutput == Output::gated ? 32 : 16;
 constexpr int kChunkPitch = kOutput == Output::gated ? 16 : 48;  // bytes of a token, so that no bank is met twice
 constexpr int kChunkBytes = kChunk * kChunkPitch;
 
-// How both teams' tiles lie to each other.
-enum class Teams { apart, beside };  // beside: neighbouring rows, the same tokens
+// Who multiplies a tile's columns: one CTA all of them, a cluster together, or one CTA a slice.
+enum class Columns { whole, shared, sliced };
 
-template <int kTokensOfTile, Teams teams>
+template <int kTokensOfTile, int kGroupsOfTeam, int kTeamsOfCta>
 struct Shape {
-  static constexpr int kTokens = kTokensOfTile;
-  static constexpr int kTeams = kTokens <= 128 ? 2 : 1;
-  static constexpr bool kBeside = teams == Teams::beside;
-  static_assert(kTeams == 2 || !kBeside);
-  // A ring of stages has the weights of as many tiles, and feeds as many teams.
-  static constexpr int kTilesBeside = kBeside ? kTeams : 1, kRings = kTeams / kTilesBeside;
+  static constexpr int kTokens = kTokensOfTile, kGroups = kGroupsOfTeam, kTeams = kTeamsOfCta;
+  static constexpr int kRows = kGroups * kGroupRows;  // of a tile
+  static constexpr int kTeam = kGroups * kGroup, kWarps = kTeam / kWarp;
   static constexpr int kConsumers = kTeams * kTeam, kThreads = kConsumers + kGroup;
+  static constexpr int kStored = (kGroups + 1) / 2;  // tiles of the stored weight that the rows lie in
   // Registers move from producers to consumers: a CTA begins with as many for each thread.
-  static constexpr int kRegisters = kTeams == 2 ? 96 : 168;
-  static constexpr int kConsumerRegisters = kTeams == 2 ? 112 : 232, kProducerRegisters = kTeams == 2 ? 32 : 40;
-  static_assert(kTeams * kGroups * kConsumerRegisters + kProducerRegisters <= (kTeams * kGroups + 1) * kRegisters);
+  static constexpr int kAllGroups = kThreads / kGroup;
+  static constexpr int kRegisters = 512 / kAllGroups / 8 * 8;
+  static constexpr int kProducerRegisters = kAllGroups == 3 ? 40 : 32;
+  static constexpr int kConsumerRegisters = (kAllGroups * kRegisters - kProducerRegisters) / (kAllGroups - 1) / 8 * 8;
   static constexpr int kSteps = kTokens <= 64 ? 2 : 1;  // of a stage
+  static_assert(kSteps == 1 || kGroups % 2 == 0, "steps of a stored tile come at once");
   // Tiles of fewer tokens, where those are worth multiplications of their own. From half of the tokens down, the others
   // are not copied either.
   static constexpr int kHalf = kTokens / 2, kQuarter = kTokens >= 128 ? kTokens / 4 : kHalf;
   static constexpr int kThreeQuarters = kTokens >= 128 ? kTokens * 3 / 4 : kTokens;
-  // A ring's memory: its stages, then what its teams' warps write, then two barriers for each stage. In a stage tokens
-  // come first, as the swizzle wants them at a multiple of 1024 bytes; then codes and scales, of a tile and the next.
-  static constexpr int kCodesOfTile = kSteps * kCodeBytes, kScalesOfTile = kSteps * kScaleBytes;
+  // A team's memory: its stages, then what its warps write, then two barriers for each stage. In a stage tokens come
+  // first, as the swizzle wants them at a multiple of 1024 bytes; then codes and scales, of two groups after two others.
   static constexpr int kCodesAt = kSteps * kTokens * kRowOfBox;
-  static constexpr int kScalesAt = kCodesAt + kTilesBeside * kCodesOfTile;
-  static constexpr int kStageBytes = (kScalesAt + kTilesBeside * kScalesOfTile + 1023) / 1024 * 1024;
-  static constexpr int kStagingBytes = kOutput == Output::fp32 ? 0 : kTilesBeside * kWarps * kChunkBytes;
-  static constexpr int kRingBytes = kSharedMemory / kRings / 1024 * 1024;
+  static constexpr int kScalesAt = kCodesAt + kSteps * kGroups * kGroupCodes;
+  static constexpr int kStageBytes = (kScalesAt + kSteps * kGroups * kGroupScales + 1023) / 1024 * 1024;
+  static constexpr int kStagingBytes = kOutput == Output::fp32 ? 0 : kWarps * kChunkBytes;
+  static constexpr int kRingBytes = kSharedMemory / kTeams / 1024 * 1024;
   static constexpr int kStages = (kRingBytes - kStagingBytes) / (kStageBytes + 16);
   static constexpr int kStagingAt = kStages * kStageBytes;
   static constexpr int kBarriersAt = kStagingAt + kStagingBytes;
-  static constexpr int kBytes = kRings * kRingBytes;
+  static constexpr int kBytes = kTeams * kRingBytes;
   static_assert(kBarriersAt + kStages * 16 <= kRingBytes);
-  static_assert(kTokens * kTilePitch * 4 <= kStagingAt, "the sums of a split tile take the place of its stages");
+  static_assert(kGroups != 2 || kTokens * kTilePitch * 4 <= kStagingAt, "a shared tile's sums take the place of stages");
 };
 
 // --- which tile ---
 
-// A tile of the product, or two beside each other: weight rows from row_tile * kRowTile on, the tokens of a block.
-struct Tile {
-  int row_tile;
-  Block block;
+// The steps of a tile that a CTA multiplies.
+struct Steps {
+  int first, last;
 };
 
-// What rings are filled for, in turn. Of the last two tiles beside each other one may lie beyond the weight's rows.
-template <class S>
+// A tile of the product: weight rows from `row` on, the tokens of a block, a part of the columns.
+struct Tile {
+  int row, part;
+  Block block;
+
+  __device__ __forceinline__ Steps steps(const Gemm& g) const {
+    return {part * g.split_steps, min(g.steps, (part + 1) * g.split_steps)};
+  }
+};
+
+// What rings are filled for, in turn. Some of the last tile may lie beyond the weight's rows.
+template <class S, Columns columns>
 struct Tiles {
   int rows, count;
 
   __device__ __forceinline__ explicit Tiles(const Gemm& g) {
-    rows = (g.row_tiles + S::kTilesBeside - 1) / S::kTilesBeside;
-    count = (g.blocks == nullptr ? g.block_limit : *g.blocks_in_use) * rows;
+    rows = (g.row_tiles * kRowTile + S::kRows - 1) / S::kRows;
+    count = (g.blocks == nullptr ? g.block_limit : *g.blocks_in_use) * rows * (columns == Columns::sliced ? g.split : 1);
   }
 
   __device__ __forceinline__ Tile operator()(const Gemm& g, int index) const {
     if (g.blocks != nullptr) {
       const int4 found = __ldg(reinterpret_cast<const int4*>(g.blocks) + index / rows);
-      return {index % rows * S::kTilesBeside, {found.x, found.y, found.z, 0}};
+      return {index % rows * S::kRows, 0, {found.x, found.y, found.z, 0}};
+    }
+    int part = columns == Columns::shared ? static_cast<int>(blockIdx.x) % g.split : 0;
+    if constexpr (columns == Columns::sliced) {
+      const int of_part = g.block_limit * rows;
+      part = index / of_part;
+      index -= part * of_part;
     }
     // Tokens first, 8 blocks of them at a time: tiles that run side by side share weights and x in the cache.
     constexpr int kSideBySide = 8;
     const int first = index / (kSideBySide * rows) * kSideBySide;
     const int side = min(kSideBySide, g.block_limit - first), within = index - first * rows;
     const int begin = (first + within % side) * S::kTokens;
-    return {within / side * S::kTilesBeside, {0, begin, min(begin + S::kTokens, g.rows), 0}};
+    return {within / side * S::kRows, part, {0, begin, min(begin + S::kTokens, g.rows), 0}};
   }
 };
 
@@ -123,15 +137,15 @@ __device__ __forceinline__ void stage(const float (&sums)[kTokens / 2], float* s
 }
 
 // A tile whose columns the cluster shared: every CTA adds and writes some of its tokens.
-template <int kTokens>
-__device__ __forceinline__ void write_split(const Gemm& g, const Tile& tile, const float* staged, int rank, int thread) {
-  constexpr int kPieces = kRowTile / kPieceRows;
+template <class S>
+__device__ __forceinline__ void write_shared(const Gemm& g, const Tile& tile, const float* staged, int thread) {
+  constexpr int kTokens = S::kTokens, kPieces = kRowTile / kPieceRows;
   constexpr int kAtOnce = 4;  // CTAs whose sums are read before the first is added
   const int row = first_row(thread % kPieces);
-  const Piece piece(g, tile.block.expert, tile.row_tile * kRowTile + row);
-  const int end = min((rank + 1) * kTokens / g.split, tile.block.end - tile.block.begin);
+  const Piece piece(g, tile.block.expert, tile.row + row);
+  const int end = min((tile.part + 1) * kTokens / g.split, tile.block.end - tile.block.begin);
 #pragma unroll 1
-  for (int token = rank * kTokens / g.split + thread / kPieces; token < end; token += kTeam / kPieces) {
+  for (int token = tile.part * kTokens / g.split + thread / kPieces; token < end; token += S::kTeam / kPieces) {
     const uint32_t at = shared_address(staged + token * kTilePitch + row);
     float sums[kPieceRows] = {};
     for (int first = 0; first < g.split; first += kAtOnce) {
@@ -158,6 +172,26 @@ __device__ __forceinline__ void write_split(const Gemm& g, const Tile& tile, con
   }
 }
 
+// A warp's sums of a slice, as they are.
+template <int kTokens>
+__device__ __forceinline__ void write_sums(const Gemm& g, const Tile& tile, const float (&sums)[kTokens / 2], int warp,
+                                           int lane) {
+  const int row = tile.row + warp * kWarpRows, count = tile.block.end - tile.block.begin, token = lane % 4 * 2;
+  if (row >= g.outputs) return;
+  const int64_t first = static_cast<int64_t>(tile.part) * g.rows + tile.block.begin + token;
+  float* to = g.sums + first * g.outputs + row + lane / 4;
+#pragma unroll
+  for (int i = 0; i < kTokens / 2; i += 4) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      if (i * 2 + token + k >= count) return;
+      to[k * g.outputs] = sums[i + k];
+      to[k * g.outputs + 8] = sums[i + k + 2];
+    }
+    to += 8 * g.outputs;
+  }
+}
+
 // The 16 weight rows of a warp, or 8 of gate and the 8 of up that belong to them. A thread has rows r and r + 8.
 struct Strip {
   int output;   // the first
@@ -165,7 +199,7 @@ struct Strip {
   float scale[2] = {}, bias[2] = {};
 
   __device__ __forceinline__ Strip(const Gemm& g, const Tile& tile, int warp, int lane) {
-    const int row = tile.row_tile * kRowTile + warp * kWarpRows;
+    const int row = tile.row + warp * kWarpRows;
     output = kOutput == Output::gated ? row / 2 : row;
     inside = output < g.outputs;
     if (!inside) return;
@@ -310,11 +344,6 @@ struct Ring {
   }
 };
 
-// The steps of a tile that this CTA multiplies.
-struct Steps {
-  int first, last;
-};
-
 // x as boxes of all tokens of a tile, or of half of them.
 struct Maps {
   CUtensorMap of[2];
@@ -331,51 +360,62 @@ struct Share {
   int first, apart;
 };
 
-// One thread brings all weights of a team's tiles, of which `beside` are before it.
-template <class S>
-__device__ __forceinline__ void bring_weights(const Gemm& g, Ring<S> ring, Steps steps, Share own, int beside) {
-  const uint32_t codes = S::kCodesAt + beside * S::kCodesOfTile, scales = S::kScalesAt + beside * S::kScalesOfTile;
+// One thread brings the weights of a team's tiles: as far as they lie in one stored tile, or, `second`, in the next.
+template <class S, Columns columns>
+__device__ __forceinline__ void bring_weights(const Gemm& g, Ring<S> ring, Share own, bool second) {
   const auto copy = [&](const Tile& tile, int step) {
-    // Beyond the last row of tiles that one is multiplied again, and dropped.
-    const int row_tile = S::kBeside ? min(tile.row_tile + beside, g.row_tiles - 1) : tile.row_tile;
+    // What of the tile is before, and how many of its groups are here.
+    const int in_first = S::kGroups == 3 ? 2 - tile.row / kGroupRows % 2 : 2;
+    const int before = second ? in_first : 0, groups = second ? S::kGroups - in_first : in_first;
+    const int row = tile.row + before * kGroupRows, within = S::kGroups == 3 ? row / kGroupRows % 2 : 0;
+    // Beyond the last of the stored tiles that one is multiplied again, and dropped.
+    const int row_tile = S::kGroups == 2 ? row / kRowTile : min(row / kRowTile, g.row_tiles - 1);
     const int64_t from = (static_cast<int64_t>(tile.block.expert) * g.row_tiles + row_tile) * g.steps + step;
-    const int count = min(S::kSteps, steps.last - step);
-    const int rows = beside == 0 ? copied<S>(tile.block) : 0;  // of x
-    expect_bytes(ring.full(), count * (kCodeBytes + kScaleBytes) + S::kSteps * rows * kRowOfBox);
-    copy_bulk(ring.at + codes, g.codes + from * kCodeBytes, count * kCodeBytes, ring.full());
-    copy_bulk(ring.at + scales, g.block_scale + from * kScaleBytes, count * kScaleBytes, ring.full());
+    const int pieces = min(S::kSteps, tile.steps(g).last - step) * groups;
+    const int rows = second ? 0 : copied<S>(tile.block);  // of x
+    expect_bytes(ring.full(), pieces * (kGroupCodes + kGroupScales) + S::kSteps * rows * kRowOfBox);
+    copy_bulk(ring.at + S::kCodesAt + S::kSteps * before * kGroupCodes,
+              g.codes + from * kCodeBytes + within * kGroupCodes, pieces * kGroupCodes, ring.full());
+    copy_bulk(ring.at + S::kScalesAt + S::kSteps * before * kGroupScales,
+              g.block_scale + from * kScaleBytes + within * kGroupScales, pieces * kGroupScales, ring.full());
     ring.advance();
   };
-  int step = steps.first;
+  int early = 0;  // steps of the first tile
   if (g.blocks == nullptr) {
     // Weights may come before the kernel before this one has ended: it is not the one that made them (tiles_sm90.cu).
-    if (own.first < Tiles<S>(g).count) {
-      const Tile tile = Tiles<S>(g)(g, own.first);
+    const Tiles<S, columns> tiles(g);
+    if (own.first < tiles.count) {
+      const Tile tile = tiles(g, own.first);
+      const Steps steps = tile.steps(g);
 #pragma unroll 1
-      for (int i = 0; i < S::kStages && step < steps.last; ++i, step += S::kSteps) copy(tile, step);
+      for (int i = 0; i < S::kStages && steps.first + early < steps.last; ++i, early += S::kSteps) {
+        copy(tile, steps.first + early);
+      }
     }
   }
   wait_for_kernel_before();
-  const Tiles<S> tiles(g);
+  const Tiles<S, columns> tiles(g);
   for (int index = own.first; index < tiles.count; index += own.apart) {
     const Tile tile = tiles(g, index);
+    const Steps steps = tile.steps(g);
 #pragma unroll 1
-    for (; step < steps.last; step += S::kSteps) {
+    for (int step = steps.first + early; step < steps.last; step += S::kSteps) {
       wait_long(ring.empty(), ring.parity ^ 1);
       copy(tile, step);
     }
-    step = steps.first;
+    early = 0;
   }
   let_kernel_after_start();
 }
 
 // And one all rows of x.
-template <class S>
-__device__ __forceinline__ void bring_tokens(const Gemm& g, const Maps& maps, Ring<S> ring, Steps steps, Share own) {
+template <class S, Columns columns>
+__device__ __forceinline__ void bring_tokens(const Gemm& g, const Maps& maps, Ring<S> ring, Share own) {
   wait_for_kernel_before();
-  const Tiles<S> tiles(g);
+  const Tiles<S, columns> tiles(g);
   for (int index = own.first; index < tiles.count; index += own.apart) {
     const Tile tile = tiles(g, index);
+    const Steps steps = tile.steps(g);
     const int rows = copied<S>(tile.block), half = rows < S::kTokens;
 #pragma unroll 1
     for (int step = steps.first; step < steps.last; step += S::kSteps, ring.advance()) {
@@ -492,27 +532,26 @@ struct Multiply {
   }
 };
 
-// `kShared`: a cluster shares the columns of a tile for each of its teams.
-template <class S, bool kShared>
+template <class S, Columns columns>
 __global__ void __launch_bounds__(S::kThreads, 1) gemm(const __grid_constant__ Maps maps, const Gemm g) {
   constexpr int kTokens = S::kTokens;
   extern __shared__ __align__(1024) uint8_t memory[];
   const int warp_of_all = uniform(threadIdx.x / kWarp), lane = threadIdx.x % kWarp;
-  const bool consumes = warp_of_all < S::kTeams * kWarps;
-  const int producer = warp_of_all - S::kTeams * kWarps;  // two of a team
-  const int team = consumes ? warp_of_all / kWarps : producer / 2;
-  // First teams have the first tiles, so that every multiprocessor has one before some have two.
-  const int split = kShared ? g.split : 1, rank = blockIdx.x % split, clusters = gridDim.x / split;
-  const int of_rings = S::kBeside ? 0 : team;
-  const Share own = {static_cast<int>(blockIdx.x) / split + of_rings * clusters, clusters * S::kRings};
-  const Steps steps = kShared ? Steps{min(g.steps, rank * g.split_steps), min(g.steps, (rank + 1) * g.split_steps)}
-                              : Steps{0, g.steps};
-  Ring<S> ring{shared_address(memory) + of_rings * S::kRingBytes};
+  const bool consumes = warp_of_all < S::kTeams * S::kWarps;
+  const int producer = warp_of_all - S::kTeams * S::kWarps;  // two or three of a team
+  const int team = consumes ? warp_of_all / S::kWarps : producer % S::kTeams;
+  constexpr bool kShared = columns == Columns::shared;
+  static_assert(S::kTeams == 1 || columns == Columns::whole);
+  // First teams have the first tiles, so that every multiprocessor has one before some have two. A cluster has one tile.
+  const int clusters = kShared ? gridDim.x / g.split : gridDim.x;
+  const Share own = {(kShared ? static_cast<int>(blockIdx.x) / g.split : static_cast<int>(blockIdx.x)) + team * clusters,
+                     clusters * S::kTeams};
+  Ring<S> ring{shared_address(memory) + team * S::kRingBytes};
 
-  if (!consumes && producer % 2 == 0 && team < S::kRings && lane == 0) {
+  if (!consumes && producer < S::kTeams && lane == 0) {
     for (int i = 0; i < S::kStages; ++i) {
-      barrier_init(ring.full() + i * 16, S::kTilesBeside);
-      barrier_init(ring.empty() + i * 16, S::kTilesBeside * kWarps);
+      barrier_init(ring.full() + i * 16, S::kStored);
+      barrier_init(ring.empty() + i * 16, S::kWarps);
     }
     barriers_ready();
   }
@@ -521,11 +560,10 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm(const __grid_constant__ M
   if (!consumes) {
     give_registers<S::kProducerRegisters>();
     if (lane == 0) {
-      if (producer % 2 == 0 && team < S::kTeams) {
-        bring_weights(g, ring, steps, own, team - of_rings);
-      } else if (producer % 2 == 1 && team < S::kRings) {
-        bring_tokens(g, maps, ring, steps, own);
-      }
+      const int task = producer / S::kTeams;
+      if (task == 0) bring_weights<S, columns>(g, ring, own, false);
+      if (task == 1) bring_tokens<S, columns>(g, maps, ring, own);
+      if (S::kStored == 2 && task == 2) bring_weights<S, columns>(g, ring, own, true);
     }
     __syncwarp();
     if (kShared) {
@@ -537,86 +575,102 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm(const __grid_constant__ M
 
   take_registers<S::kConsumerRegisters>();
   keep(ring.base);
-  // Of the warps that read a ring. Asked for again after each tile: no register would hold it meanwhile.
-  const auto warp = [] {
-    const unsigned of_all = uniform(threadIdx.x / kWarp);
-    return static_cast<int>(S::kBeside ? of_all : of_all % kWarps);
-  };
+  // Of the team's. Asked for again after each tile: no register would hold it meanwhile.
+  const auto warp = [] { return static_cast<int>(static_cast<unsigned>(uniform(threadIdx.x / kWarp)) % S::kWarps); };
   const int group = warp() * kWarp / kGroup, thread = threadIdx.x % kGroup;
-  uint32_t codes = S::kCodesAt + group / kGroups * S::kCodesOfTile + group % kGroups * (kCodeBytes / 2) + thread * 16;
+  uint32_t codes = S::kCodesAt + (group / 2 * S::kSteps * 2 + group % 2) * kGroupCodes + thread * 16;
   keep(codes);
   // Four threads read the scales of their 64 bytes of codes.
   const uint32_t scales = S::kScalesAt + (codes - S::kCodesAt) / 64 * 8;
   uint32_t speaks = lane == 0;
   keep(speaks);
-  const auto multiply = [&](const Block& block, int steps_of_tile, float (&sums)[kTokens / 2]) {
-    Multiply<S>{g.powers, ring,   sums,  parts_of<S>(block), static_cast<uint32_t>(copied<S>(block)),
-                codes,    scales, speaks}(steps_of_tile);
+  const auto multiply = [&](const Tile& tile, float (&sums)[kTokens / 2]) {
+    const Steps steps = tile.steps(g);
+    Multiply<S>{g.powers, ring,   sums,  parts_of<S>(tile.block), static_cast<uint32_t>(copied<S>(tile.block)),
+                codes,    scales, speaks}(steps.last - steps.first);
   };
   wait_for_kernel_before();
   if constexpr (kShared) {
-    // One tile a team: its sums take the place of the stages, once both warpgroups are done with those.
-    float* staged = reinterpret_cast<float*>(memory + team * S::kRingBytes);
-    const bool has_tile = own.first < Tiles<S>(g).count;
-    const Tile tile = Tiles<S>(g)(g, has_tile ? own.first : 0);
-    if (has_tile) {
-      float sums[kTokens / 2] = {};
-      multiply(tile.block, steps.last - steps.first, sums);
-      named_barrier(1 + team, kTeam);
-      stage<kTokens>(sums, staged + group * kGroupRows, thread);
-    }
+    // Sums take the place of the stages, once both warpgroups are done with those.
+    float* staged = reinterpret_cast<float*>(memory);
+    const Tile tile = Tiles<S, columns>(g)(g, own.first);
+    float sums[kTokens / 2] = {};
+    multiply(tile, sums);
+    named_barrier(1, S::kTeam);
+    stage<kTokens>(sums, staged + group * kGroupRows, thread);
     cluster_sync();
-    if (has_tile) write_split<kTokens>(g, tile, staged, rank, threadIdx.x % kTeam);
+    write_shared<S>(g, tile, staged, threadIdx.x);
     cluster_sync();  // nobody ends while others read its sums
   } else {
-    for (int index = own.first; index < Tiles<S>(g).count; index += own.apart) {
-      const Tile tile = Tiles<S>(g)(g, index);
+    for (int index = own.first; index < Tiles<S, columns>(g).count; index += own.apart) {
+      const Tile tile = Tiles<S, columns>(g)(g, index);
       float sums[kTokens / 2] = {};
-      multiply(tile.block, g.steps, sums);
-      write_rows<kTokens>(g, Strip(g, tile, warp(), lane), tile.block, sums,
-                          ring.base + S::kStagingAt + warp() * kChunkBytes, lane);
+      multiply(tile, sums);
+      if constexpr (columns == Columns::sliced) {
+        write_sums<kTokens>(g, tile, sums, warp(), lane);
+      } else {
+        write_rows<kTokens>(g, Strip(g, tile, warp(), lane), tile.block, sums,
+                            ring.base + S::kStagingAt + warp() * kChunkBytes, lane);
+      }
     }
   }
 }
 
 // --- launching ---
 
-template <class S, bool kShared>
+template <class S, Columns columns>
 cudaError_t launch(const Gemm& g, cudaStream_t stream) {
-  if (const cudaError_t error = allow_shared_memory<gemm<S, kShared>>(S::kBytes)) return error;
+  if (const cudaError_t error = allow_shared_memory<gemm<S, columns>>(S::kBytes)) return error;
   Maps maps;
   for (int half = 0; half < 2; ++half) {
     const int rows = half ? S::kHalf : S::kTokens;
     if (!map_of(g, rows, S::kSteps, &maps.of[half])) return cudaErrorInvalidValue;
   }
-  const int64_t tiles = g.block_limit * ceil_div(g.row_tiles, S::kTilesBeside);
-  // A cluster that shares tiles takes one for each team at most; other CTAs stay for as many as there are.
-  const int64_t at_once = g.multiprocessors / g.split, least = kShared ? ceil_div(tiles, S::kTeams) : 1;
-  const int64_t clusters = tiles < at_once ? tiles : least > at_once ? least : at_once;
-  const dim3 grid(static_cast<unsigned>(g.split * clusters));
+  constexpr bool kShared = columns == Columns::shared;
+  const int64_t tiles = g.block_limit * ceil_div(static_cast<int64_t>(g.row_tiles) * kRowTile, S::kRows) *
+                        (columns == Columns::sliced ? g.split : 1);
+  // A cluster that shares takes one tile; other CTAs stay for as many as there are.
+  const int64_t ctas = kShared ? tiles * g.split : tiles < g.multiprocessors ? tiles : g.multiprocessors;
+  const dim3 grid(static_cast<unsigned>(ctas));
   const unsigned cluster = kShared ? static_cast<unsigned>(g.split) : 0;
-  return launch_early(gemm<S, kShared>, grid, cluster, S::kThreads, S::kBytes, stream, maps, g);
+  return launch_early(gemm<S, columns>, grid, cluster, S::kThreads, S::kBytes, stream, maps, g);
+}
+
+// One weight, in tiles of as many tokens.
+template <int kTokens>
+cudaError_t launch(const Gemm& g, cudaStream_t stream) {
+  if constexpr (kTokens == 64 || kTokens == 128) {
+    if (g.sums != nullptr) return launch<Shape<kTokens, 4, 1>, Columns::sliced>(g, stream);
+  }
+  if (g.split > 1) return launch<Shape<kTokens, 2, 1>, Columns::shared>(g, stream);
+  return launch<Shape<kTokens, 2, kTokens <= 128 ? 2 : 1>, Columns::whole>(g, stream);
 }
 
 template <int kTokens>
-cudaError_t launch(const Gemm& g, cudaStream_t stream) {
-  if constexpr (kOutput == Output::linear) {
-    if (g.split > 1) return launch<Shape<kTokens, Teams::apart>, true>(g, stream);
-  } else if constexpr (Shape<kTokens, Teams::apart>::kTeams == 2) {
-    if (g.strips > 1) return launch<Shape<kTokens, Teams::beside>, false>(g, stream);
-  }
-  return launch<Shape<kTokens, Teams::apart>, false>(g, stream);
+cudaError_t launch_experts(const Gemm& g, cudaStream_t stream) {
+  if (g.strips > 1) return launch<Shape<kTokens, 4, 1>, Columns::whole>(g, stream);
+  return launch<Shape<kTokens, 2, 2>, Columns::whole>(g, stream);
 }
 
 }  // namespace
 
 cudaError_t FOS_PRODUCT(multiply_)(const Gemm& g, cudaStream_t stream) {
-  switch (g.tokens) {
-    case 32: return launch<32>(g, stream);
-    case 64: return launch<64>(g, stream);
-    case 128: return launch<128>(g, stream);
-    case 256: return launch<256>(g, stream);
-    default: return cudaErrorInvalidValue;
+  if constexpr (kOutput == Output::linear) {
+    switch (g.tokens) {
+      case 32: return launch<32>(g, stream);
+      case 64: return launch<64>(g, stream);
+      case 128: return launch<128>(g, stream);
+      case 256: return launch<256>(g, stream);
+      default: return cudaErrorInvalidValue;
+    }
+  } else {
+    switch (g.tokens) {
+      case 32: return launch_experts<32>(g, stream);
+      case 64: return launch_experts<64>(g, stream);
+      case 128: return launch_experts<128>(g, stream);
+      case 192: return launch<Shape<192, 3, 1>, Columns::whole>(g, stream);
+      default: return cudaErrorInvalidValue;
+    }
   }
 }
 

@@ -1,5 +1,7 @@
 // Which kernel multiplies, and how its work is cut.
 #include <limits>
+#include <map>
+#include <mutex>
 
 #include "gemm.h"
 
@@ -38,30 +40,53 @@ int tiles_at_once(int64_t row_tiles, int64_t blocks, int tokens, int multiproces
   return tokens <= 128 && blocks * (row_tiles / 2) >= multiprocessors ? 2 : 1;
 }
 
-Launch launch_of(int rows, int columns, int outputs, bool any_rows, int multiprocessors) {
+cudaError_t chip(Chip* found) {
+  static std::mutex mutex;
+  static std::map<int, Chip> known;
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  const std::lock_guard lock(mutex);
+  const auto [place, is_new] = known.try_emplace(device);
+  if (is_new) {
+    cudaError_t error =
+        cudaDeviceGetAttribute(&place->second.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    for (int ctas = 2; ctas <= kMostShared && error == cudaSuccess; ++ctas) {
+      error = clusters_at_once(ctas, &place->second.clusters[ctas]);
+    }
+    if (error != cudaSuccess) {
+      known.erase(place);
+      return error;
+    }
+  }
+  *found = place->second;
+  return cudaSuccess;
+}
+
+Launch launch_of(int rows, int columns, int outputs, bool any_rows, const Chip& chip) {
   const int64_t row_tiles = ceil_div(outputs, kRowTile), steps = ceil_div(columns, kStep);
   if (rows <= kFewRows && !any_rows && few_rows_take(columns)) {
-    return {rows <= 8 ? 8 : 16, 1, strips_at_once(ceil_div(outputs, 16), 1, columns, multiprocessors)};
+    return {rows <= 8 ? 8 : 16, 1, strips_at_once(ceil_div(outputs, 16), 1, columns, chip.multiprocessors)};
   }
   // What a step takes on a multiprocessor with one tile, or with two at once (of 256 tokens: one after the other), and
   // what it takes to add the sums of a cluster; in microseconds on an H200.
   constexpr struct {
     int tokens;
-    double one, two, split;
+    double one, two, add;
   } kTiles[] = {{32, 0.24, 0.47, 1.2}, {64, 0.28, 0.54, 3.0}, {128, 0.37, 0.71, 4.0}, {256, 0.65, 1.30, 5.5}};
-  constexpr int kMostSplit = 3;  // larger clusters leave multiprocessors idle
   const auto cost = [&](const auto& tile, int split, int64_t tokens) {
-    const int64_t parts = row_tiles * ceil_div(tokens, tile.tokens) * split;
-    // Clusters beyond the first for a multiprocessor wait until another one has ended.
-    if (split > 1 && parts > multiprocessors) return std::numeric_limits<double>::infinity();
-    const int64_t tiles = ceil_div(parts, multiprocessors);
-    const double step = static_cast<double>(tiles / 2) * tile.two + static_cast<double>(tiles % 2) * tile.one;
-    return static_cast<double>(ceil_div(steps, split)) * step + (split > 1 ? tile.split : 0.0);
+    const int64_t tiles = row_tiles * ceil_div(tokens, tile.tokens);
+    // Clusters beyond those that run at once wait until another one has ended.
+    if (split > 1 && tiles > (any_rows ? chip.multiprocessors / split : chip.clusters[split])) {
+      return std::numeric_limits<double>::infinity();
+    }
+    const int64_t each = ceil_div(tiles * split, chip.multiprocessors);
+    const double step = static_cast<double>(each / 2) * tile.two + static_cast<double>(each % 2) * tile.one;
+    return static_cast<double>(ceil_div(steps, split)) * step + (split > 1 ? tile.add : 0.0);
   };
   Launch best = {0, 1, 1};
   double least = 0;
   for (const auto& tile : kTiles) {
-    for (int split = 1; split <= kMostSplit && split <= steps; ++split) {
+    for (int split = 1; split <= kMostShared && split <= steps; ++split) {
       const double taken = cost(tile, split, rows);
       if (best.tokens == 0 || taken < least) {
         best = {tile.tokens, split, 1};
@@ -69,11 +94,32 @@ Launch launch_of(int rows, int columns, int outputs, bool any_rows, int multipro
       }
     }
   }
-  if (!any_rows) return best;
-  // The order of additions is the same for any number of rows: split as is best for 64.
-  best.split = 1;
-  for (int split = 2; split <= kMostSplit && split <= steps; ++split) {
-    if (cost(kTiles[1], split, 64) < cost(kTiles[1], best.split, 64)) best.split = split;
+  if (any_rows) {
+    // The order of additions is the same for any number of rows: split as is best for 64.
+    best.split = 1;
+    for (int split = 2; split <= kMostShared && split <= steps; ++split) {
+      if (cost(kTiles[1], split, 64) < cost(kTiles[1], best.split, 64)) best.split = split;
+    }
+    return best;
+  }
+  // Slices of two tiles at once; and what it takes to write, read and add their sums.
+  constexpr struct {
+    int tokens;
+    double step, add;
+  } kSliced[] = {{64, 0.42, 4.3}, {128, 0.60, 2.3}};
+  constexpr double kByte = 0.6e-6;
+  constexpr int kLeastSteps = 4;  // of a slice
+  for (const auto& tile : kSliced) {
+    const int64_t tiles = ceil_div(row_tiles, 2) * ceil_div(rows, tile.tokens);
+    for (int split = 2; split <= kMostSlices && tiles * split <= chip.multiprocessors; ++split) {
+      if (steps / split < kLeastSteps) break;
+      const double bytes = static_cast<double>(split) * static_cast<double>(rows) * static_cast<double>(outputs) * 4.0;
+      const double taken = static_cast<double>(ceil_div(steps, split)) * tile.step + tile.add + bytes * kByte;
+      if (taken < least) {
+        best = {tile.tokens, split, 2};
+        least = taken;
+      }
+    }
   }
   return best;
 }
@@ -81,7 +127,9 @@ Launch launch_of(int rows, int columns, int outputs, bool any_rows, int multipro
 cudaError_t multiply(const Gemm& g, cudaStream_t stream) {
   if (g.rows == 0 || g.block_limit == 0) return cudaSuccess;
   const auto& kernels = g.tokens <= kFewRows ? kFew : kMany;
-  return kernels[static_cast<int>(g.dtype)][static_cast<int>(g.output)](g, stream);
+  const cudaError_t error = kernels[static_cast<int>(g.dtype)][static_cast<int>(g.output)](g, stream);
+  if (error != cudaSuccess || g.sums == nullptr) return error;
+  return g.dtype == Dtype::bf16 ? add_slices_bf16_linear(g, stream) : add_slices_fp16_linear(g, stream);
 }
 
 }  // namespace fos::cuda

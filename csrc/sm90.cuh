@@ -236,12 +236,14 @@ __device__ __forceinline__ uint64_t swizzled_operand(uint32_t start) {
 #define FOS_R4 "%0, %1, %2, %3"
 #define FOS_R8 FOS_R4 ", %4, %5, %6, %7"
 #define FOS_R16 FOS_R8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define FOS_R24 FOS_R16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define FOS_R32 FOS_R16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define FOS_R48                                                                                                       \
   FOS_R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define FOS_R64                                                                                                       \
   FOS_R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "    \
           "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FOS_R72 FOS_R64 ", %64, %65, %66, %67, %68, %69, %70, %71"
 #define FOS_R96                                                                                                       \
   FOS_R64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, "    \
           "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
@@ -253,9 +255,11 @@ __device__ __forceinline__ uint64_t swizzled_operand(uint32_t start) {
 #define FOS_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define FOS_D8(i) FOS_D4(i), FOS_D4(i + 4)
 #define FOS_D16(i) FOS_D8(i), FOS_D8(i + 8)
+#define FOS_D24(i) FOS_D16(i), FOS_D8(i + 16)
 #define FOS_D32(i) FOS_D16(i), FOS_D16(i + 16)
 #define FOS_D48(i) FOS_D32(i), FOS_D16(i + 32)
 #define FOS_D64(i) FOS_D32(i), FOS_D32(i + 32)
+#define FOS_D72(i) FOS_D64(i), FOS_D8(i + 64)
 #define FOS_D96(i) FOS_D64(i), FOS_D32(i + 64)
 #define FOS_D128(i) FOS_D64(i), FOS_D64(i + 64)
 
@@ -275,9 +279,11 @@ struct Wgmma;
 #define FOS_WGMMA_OF(T, type)                                          \
   FOS_WGMMA(T, type, 16, 8, "%8", "%9", "%10", "%11", "%12")           \
   FOS_WGMMA(T, type, 32, 16, "%16", "%17", "%18", "%19", "%20")        \
+  FOS_WGMMA(T, type, 48, 24, "%24", "%25", "%26", "%27", "%28")        \
   FOS_WGMMA(T, type, 64, 32, "%32", "%33", "%34", "%35", "%36")        \
   FOS_WGMMA(T, type, 96, 48, "%48", "%49", "%50", "%51", "%52")        \
   FOS_WGMMA(T, type, 128, 64, "%64", "%65", "%66", "%67", "%68")       \
+  FOS_WGMMA(T, type, 144, 72, "%72", "%73", "%74", "%75", "%76")       \
   FOS_WGMMA(T, type, 192, 96, "%96", "%97", "%98", "%99", "%100")      \
   FOS_WGMMA(T, type, 256, 128, "%128", "%129", "%130", "%131", "%132")
 
@@ -288,17 +294,21 @@ FOS_WGMMA_OF(__half, "f16")
 #undef FOS_WGMMA
 #undef FOS_D128
 #undef FOS_D96
+#undef FOS_D72
 #undef FOS_D64
 #undef FOS_D48
 #undef FOS_D32
+#undef FOS_D24
 #undef FOS_D16
 #undef FOS_D8
 #undef FOS_D4
 #undef FOS_R128
 #undef FOS_R96
+#undef FOS_R72
 #undef FOS_R64
 #undef FOS_R48
 #undef FOS_R32
+#undef FOS_R24
 #undef FOS_R16
 #undef FOS_R8
 #undef FOS_R4

@@ -27,9 +27,14 @@ from fouroversix_plugin.recipe import Recipe
 
 pytestmark = list(ON_CUDA)
 
-TILES = (32, 64, 128, 256)
-# (tokens of a tile, CTAs that share its columns, times 16 weight rows at once of few tokens)
-LAUNCHES = [*itertools.product(TILES, (1, 2, 3, 5, 8), (1,)), *itertools.product((8, 16), (1,), (1, 2, 3, 5, 8))]
+TILES = {"linear": (32, 64, 128, 256), "experts": (8, 32, 64, 128, 192)}
+# (tokens of a tile; parts of the columns; tiles at once, or of few tokens times 16 weight rows): a cluster shares the
+# parts of one tile, those of two are slices.
+LAUNCHES = [
+    *itertools.product(TILES["linear"], (1, 2, 3, 5, 8), (1,)),
+    *itertools.product((64, 128), (1, 2, 3, 8, 16), (2,)),
+    *itertools.product((8, 16), (1,), (1, 2, 3, 5, 8)),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +63,7 @@ def test_a_launch_changes_a_whole_number(shape: tuple[int, int], dtype: torch.dt
                 y: Tensor = torch.ops.fouroversix_cuda.linear(
                     x[:rows], held.weight, held.block_scale, held.decode_scale, None, b, False, tokens, split, strips
                 )
-                what = f"{rows} rows, {tokens} tokens a tile, {split} CTAs, {strips} at once, bias {b is not None}"
+                what = f"{rows} rows, {tokens} tokens a tile, {split} parts, {strips} at once, bias {b is not None}"
                 assert_same_tensor(what, y + 0.0, expected)
 
 
@@ -78,10 +83,10 @@ def test_tiles_of_experts_change_a_result(
         weights, ids = routing(rows, E, top_k, g)
         ids[rows // 2, 0] = -1
         of_tiles = {}
-        for tokens in (8, *TILES):
+        for tokens in TILES["experts"]:
             monkeypatch.setattr(hopper, "_rows_of_a_tile", lambda *_, tokens=tokens: tokens)
             of_tiles[tokens] = ops.moe(x, *held, weights, ids, activations, "silu", False)
-        for tokens in TILES[1:]:  # the order of additions is the same
+        for tokens in TILES["experts"][2:]:  # the order of additions is the same
             assert_same_tensor(f"{rows} rows, {tokens} a tile", of_tiles[tokens], of_tiles[32])
         if activations is None:
             expected = expected_experts(x, *q, weights, ids)[0]

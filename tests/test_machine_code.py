@@ -69,7 +69,7 @@ WORK = "LOP3.LUT R0, R0, 0x10, RZ, 0x3c, !PT"
 def gemm(tokens: int, work: int = 100, multiplication: str = HGMMA) -> str:
     """A loop of ``work`` + 9 instructions with 4 multiplications for 32 weights, in another one."""
     return disassembly(
-        f"_ZN3fos4cuda12_gemm_sm90_cu_0237f8544gemmINS1_5ShapeILi{tokens}ELNS1_5TeamsE0EEELb0EEEvNS1_4MapsENS0_4GemmE",
+        f"_ZN3fos4cuda12_gemm_sm90_cu_0237f8544gemmINS1_5ShapeILi{tokens}ELi2ELi1EEELNS1_7ColumnsE0EEEvNS1_4MapsENS0_4GemmE",
         f"unit: {WORK}",
         f"step: {WORK}",
         "@!P0 BRA {wait}",
@@ -125,8 +125,8 @@ def test_a_main_loop_is_not_found_or_counted_wrong() -> None:
 
 def test_a_slow_main_loop_or_none_passes() -> None:
     where, rest = "sm_90a gemm_sm90.cu bf16 linear", [gemm(tokens) for tokens in (32, 64, 128)]
-    slow = product("gemm_sm90.cu", *rest, gemm(256, work=113))
-    assert list(slow.faults()) == [f"{where}: 3.81 instructions a weight for 256 tokens, budget 3.8"]
+    slow = product("gemm_sm90.cu", *rest, gemm(256, work=120))
+    assert list(slow.faults()) == [f"{where}: 4.03 instructions a weight for 256 tokens, budget 4.0"]
     missing = f"{where}: no kernel with a main loop for 256 tokens"
     assert list(product("gemm_sm90.cu", *rest).faults()) == [missing]
     unrolled = gemm(256).replace("@!P0 BRA 0x10 ", "NOP ").replace("@!P2 BRA 0x0 ", "NOP ")

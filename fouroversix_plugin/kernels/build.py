@@ -253,11 +253,12 @@ def kernel_commands(compiler: str, architectures: Sequence[tuple[int, int]]) -> 
 def product_commands(compiler: str) -> list[tuple[str, ...]]:
     """Commands that compile the products for Hopper, the only chip they are for; they lack only ``-o``."""
     common = (compiler, "-std=c++20", "-O3", "-Xcompiler=-fPIC", *NVCC_STRICT, *architecture_flags(HOPPER), "-c")
+    outputs = {"gemm": ("linear", "gated", "fp32"), "few": ("linear", "gated", "fp32"), "slices": ("linear",)}
     kernels = [
         (*common, str(csrc() / f"{source}_sm90.cu"), f"-DFOS_DTYPE={dtype}", f"-DFOS_OUTPUT={output}")
-        for source in ("gemm", "few")
+        for source in outputs
         for dtype in ("bf16", "fp16")
-        for output in ("linear", "gated", "fp32")
+        for output in outputs[source]
     ]
     return [
         *kernels,

@@ -23,6 +23,7 @@ _ACTIVATIONS: Final = get_args(Activation)
 _PINNED_SILU: Final = len(_ACTIVATIONS)
 """SiLU to the bit of the specification's, where codes follow."""
 _TILE_ROWS: Final = (8, 32, 64, 128)
+_LARGE_TILE_ROWS: Final = 192
 _FEW_ROWS: Final = 8
 """Tiles of as many rows are the kernel's for few rows, which finds them anywhere in x."""
 
@@ -153,8 +154,12 @@ def moe(
 
 
 def _rows_of_a_tile(slots: int, experts: int, *columns: int) -> int:
-    """Rows of x that a tile multiplies: about all that an expert has, so that its weights are read once."""
+    """Rows of x that a tile multiplies: about all that an expert has, so that its weights are unpacked once."""
     # The kernel for few rows shares out a sum as suits their number, and holds whole pairs of steps or one piece of x.
     few = not _batch_invariant and all(k % 128 == 0 or k <= 2048 for k in columns)
-    fitting = (rows for rows in _TILE_ROWS if rows >= 1.5 * slots / experts and (few or rows > _FEW_ROWS))
+    rows = slots / experts
+    # With about 128 rows an expert, half of the experts would need a second tile for a few.
+    if 112 <= rows <= 160:
+        return _LARGE_TILE_ROWS
+    fitting = (tile for tile in _TILE_ROWS if tile >= 1.5 * rows and (few or tile > _FEW_ROWS))
     return next(fitting, _TILE_ROWS[-1])
