@@ -36,9 +36,12 @@ NARROW: Final = Recipe(scale_max=256)
 """The recipe with the narrower of the two ranges; see :func:`looks_narrow`."""
 
 _LAYOUT_ROWS: Final = 512
-_LAYOUT_BLOCKS: Final = 4096
+_LAYOUT_MOST: Final = 24_000
+_LAYOUT_LEAST: Final = 1 << 12
 _LAYOUT_GAIN: Final = 0.05
-"""See :func:`check_row_major`: how much of a weight to look at, below how many scales not to, what gain is evidence."""
+"""See :func:`check_row_major`: how many rows and scales of a weight to look at, below how many not to, what gain is
+evidence. Of a mixture's thousands of weights, more scales would take longer than all else that loading does with them:
+their memory would be asked of the system each time."""
 
 
 def check_full_precision(name: str, dtype: torch.dtype) -> None:
@@ -96,15 +99,16 @@ def check_row_major(name: str, block_scale: Tensor) -> None:
     weights that are large enough, and by 0.009 at least. Weights without such structure, random ones, pass either way.
     """
     rows, blocks = block_scale.shape
-    rows = min(rows, _LAYOUT_ROWS) // 128 * 128
-    if block_scale.shape[0] % 128 or blocks % 4 or rows * blocks < _LAYOUT_BLOCKS:
+    rows = min(rows, _LAYOUT_ROWS, max(_LAYOUT_MOST // blocks, 128)) // 128 * 128
+    if block_scale.shape[0] % 128 or blocks % 4 or rows * blocks < _LAYOUT_LEAST:
         return  # padding would give the 128x4 layout another number of scales, or there are too few to tell
     # E4M3's bytes grow by 8 an octave: near enough to a logarithm.
     x = block_scale[:rows].contiguous().view(torch.uint8).float()
     x -= x.mean()
-    tiles = x.view(rows // 128, blocks // 4, 32, 4, 4)  # 128x4 ones, by row % 32, row // 32 and column
-    as_tiles, as_stored = (tiles.mean((1, 4)), tiles.mean((0, 2, 3))), (x.mean(1), x.mean(0))
-    gain, variance = _variance(*as_tiles) - _variance(*as_stored), _variance(x)
+    tiles = x.view(rows // 128, blocks // 4, 128, 4)  # 128x4 ones, by row (in another order) and column
+    as_tiles = _variance(tiles.sum(1).sum(2) / blocks) + _variance(tiles.sum(2).sum(0) / rows)
+    as_stored = _variance(x.mean(1)) + _variance(x.mean(0))
+    gain, variance = as_tiles - as_stored, _variance(x)
     if gain > _LAYOUT_GAIN * variance:
         raise ValueError(
             f"{name}: the block scales lie in the 128x4 layout of a GEMM (read so, rows and columns explain "
@@ -113,9 +117,9 @@ def check_row_major(name: str, block_scale: Tensor) -> None:
         )
 
 
-def _variance(*means: Tensor) -> float:
-    """Of numbers whose mean is 0; of several lots, together."""
-    return sum(float(mean.square().mean()) for mean in means)
+def _variance(x: Tensor) -> float:
+    """Of numbers whose mean is 0."""
+    return float(torch.linalg.vecdot(x.flatten(), x.flatten())) / x.numel()
 
 
 def stored_weight(

@@ -44,7 +44,8 @@ def reason(device: torch.device) -> str | None:
 def batch_invariant(on: bool) -> Iterator[None]:
     """Within it, no row's result depends on how many other rows a call has.
 
-    Elsewhere M decides how thread blocks share the sum over K, and with it the order of fp32 additions.
+    Elsewhere M, and how the chip groups its multiprocessors, decide how thread blocks share the sum over K, and with it
+    the order of fp32 additions.
     """
     global _batch_invariant
     before, _batch_invariant = _batch_invariant, on
