@@ -56,7 +56,8 @@ TEXTS = [
 ]
 LAYER = "model.layers.3"
 TOP = 100
-# Mean KL from BF16 over this repository's license, the TOP most likely tokens known; other batches move it by 0.5 %.
+# Mean KL from BF16 over this repository's license, the TOP most likely tokens known; other batches move it by 0.5 %,
+# processors, whose BF16 products round differently, by a percent.
 BANDS = {
     "dense online": (0.277, 0.301),
     "dense online W4A4": (0.462, 0.512),
@@ -131,7 +132,7 @@ def test_accuracy_regressed(smollm2: dict[str, Any], served: str) -> None:
 
 def test_the_bands_hold_plain_nvfp4_too(smollm2: dict[str, Any]) -> None:
     for scheme, served in (("w4a16", "dense online"), ("w4a4", "dense online W4A4")):
-        assert mean_kl(smollm2, f"dense plain {scheme}") > 1.05 * BANDS[served][1]
+        assert mean_kl(smollm2, f"dense plain {scheme}") > 1.02 * BANDS[served][1]
 
 
 def mean_kl(smollm2: dict[str, Any], name: str) -> float:

@@ -15,16 +15,25 @@ os.environ["TRITON_INTERPRET"] = "1"
 import pickle
 import sys
 import traceback
+from typing import Any
 
 import numpy as np
 import torch
 
 from fouroversix_plugin.kernels import triton, triton_gemm
 
+_matmul = np.matmul
+
+
+def matmul(a: Any, b: Any, dtype: Any) -> Any:
+    """numpy's, summed in fp64: its fp32 sums depend on where in a matrix a row lies, on some processors."""
+    return _matmul(a, b, dtype=np.float64).astype(dtype)
+
 
 def main() -> None:
     torch.set_num_threads(1)
     np.seterr(all="ignore")  # infinities and NaN are meant
+    np.matmul = matmul
     answers, sys.stdout = sys.stdout.buffer, sys.stderr
     while True:
         try:
