@@ -94,23 +94,14 @@ __global__ void __launch_bounds__(kCopyThreads) gather_rows(const Gather g) {
   const uint4* from = reinterpret_cast<const uint4*>(g.x) + token * (g.columns / kEach);
   uint4* to = reinterpret_cast<uint4*>(g.out) + static_cast<int64_t>(row) * (g.columns / kEach);
   const float weight = g.topk_weights == nullptr ? 1.0f : g.topk_weights[g.slot_of_row[row]];
-  const int words = g.columns / kEach;
-  for (int first = threadIdx.x; first < words; first += kAtOnce * kCopyThreads) {
-    uint4 read[kAtOnce];
+  for (int i = threadIdx.x; i < g.columns / kEach; i += kCopyThreads) {
+    uint4 word = from[i];
+    if (g.topk_weights != nullptr) {
+      Value* values = reinterpret_cast<Value*>(&word);
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (first + i * kCopyThreads < words) read[i] = from[first + i * kCopyThreads];
+      for (int k = 0; k < kEach; ++k) round_to(widen(values[k]) * weight, values[k]);
     }
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (first + i * kCopyThreads >= words) break;
-      if (g.topk_weights != nullptr) {
-        Value* values = reinterpret_cast<Value*>(&read[i]);
-#pragma unroll
-        for (int k = 0; k < kEach; ++k) round_to(widen(values[k]) * weight, values[k]);
-      }
-      to[first + i * kCopyThreads] = read[i];
-    }
+    to[i] = word;
   }
 }
 

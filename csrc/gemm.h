@@ -123,8 +123,6 @@ struct Chip {
 
 // Of the current device, found out once.
 cudaError_t chip(Chip* found);
-// For clusters of as many CTAs, each of which takes a multiprocessor's shared memory.
-cudaError_t clusters_at_once(int ctas, int* clusters);
 
 // How one weight is multiplied fastest. `any_rows`: so that no sum depends on how many rows there are, or on how
 // multiprocessors are grouped.

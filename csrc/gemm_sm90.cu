@@ -28,7 +28,7 @@ constexpr int kWarpRows = 16;
 constexpr int kGroupCodes = kCodeBytes / 2, kGroupScales = kScaleBytes / 2;  // of a step
 static_assert(2 * kGroupRows == kRowTile);
 
-// Sums of a split tile are staged as [token][row], rows padded so that neither side meets a bank twice.
+// Sums of a shared tile are staged as [token][row], rows padded so that neither side meets a bank twice.
 constexpr int kTilePitch = kRowTile + 4;
 
 // What a warp has finished of a few tokens, as [token][row] in 16 bits: 16 rows of 16 tokens, or 8 gated rows of 32.
@@ -46,11 +46,11 @@ struct Shape {
   static constexpr int kTeam = kGroups * kGroup, kWarps = kTeam / kWarp;
   static constexpr int kConsumers = kTeams * kTeam, kThreads = kConsumers + kGroup;
   static constexpr int kStored = (kGroups + 1) / 2;  // tiles of the stored weight that the rows lie in
-  // Registers move from producers to consumers: a CTA begins with as many for each thread.
-  static constexpr int kAllGroups = kThreads / kGroup;
-  static constexpr int kRegisters = 512 / kAllGroups / 8 * 8;
-  static constexpr int kProducerRegisters = kAllGroups == 3 ? 40 : 32;
-  static constexpr int kConsumerRegisters = (kAllGroups * kRegisters - kProducerRegisters) / (kAllGroups - 1) / 8 * 8;
+  // Registers move from producers to consumers, in eights: a CTA begins with as many for each thread.
+  static constexpr int kRegisters = kAllRegisters / kThreads / 8 * 8;
+  static constexpr int kProducerRegisters = kConsumers == 2 * kGroup ? 40 : 32;
+  static constexpr int kConsumerRegisters =
+      (kThreads * kRegisters - kGroup * kProducerRegisters) / kConsumers / 8 * 8;
   static constexpr int kSteps = kTokens <= 64 ? 2 : 1;  // of a stage
   static_assert(kSteps == 1 || kGroups % 2 == 0, "steps of a stored tile come at once");
   // Tiles of fewer tokens, where those are worth multiplications of their own. From half of the tokens down, the others

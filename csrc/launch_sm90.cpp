@@ -1,7 +1,5 @@
 // Which kernel multiplies, and how its work is cut.
 #include <limits>
-#include <map>
-#include <mutex>
 
 #include "gemm.h"
 
@@ -38,28 +36,6 @@ int strips_at_once(int64_t strips, int64_t blocks, int64_t columns, int multipro
 
 int tiles_at_once(int64_t row_tiles, int64_t blocks, int tokens, int multiprocessors) {
   return tokens <= 128 && blocks * (row_tiles / 2) >= multiprocessors ? 2 : 1;
-}
-
-cudaError_t chip(Chip* found) {
-  static std::mutex mutex;
-  static std::map<int, Chip> known;
-  int device = 0;
-  if (const cudaError_t error = cudaGetDevice(&device)) return error;
-  const std::lock_guard lock(mutex);
-  const auto [place, is_new] = known.try_emplace(device);
-  if (is_new) {
-    cudaError_t error =
-        cudaDeviceGetAttribute(&place->second.multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    for (int ctas = 2; ctas <= kMostShared && error == cudaSuccess; ++ctas) {
-      error = clusters_at_once(ctas, &place->second.clusters[ctas]);
-    }
-    if (error != cudaSuccess) {
-      known.erase(place);
-      return error;
-    }
-  }
-  *found = place->second;
-  return cudaSuccess;
 }
 
 Launch launch_of(int rows, int columns, int outputs, bool any_rows, const Chip& chip) {

@@ -15,6 +15,7 @@ namespace fos::cuda::sm90 {
 
 constexpr int kWarp = 32;                  // threads
 constexpr int kSharedMemory = 227 * 1024;  // bytes that a CTA can have
+constexpr int kAllRegisters = 64 * 1024;   // of a multiprocessor
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));

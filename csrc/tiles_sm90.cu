@@ -4,7 +4,6 @@
 // warpgroups: a word for each of the 4 blocks of 16 columns, with the 8 weights of wgmma's left operand that the thread
 // holds. Its scales are, for each warp and each of its first 8 rows, the 4 bytes of that row and the 4 of the row 8 on.
 #include "gemm.h"
-#include "sm90.cuh"
 
 namespace fos::cuda {
 namespace {
@@ -125,23 +124,6 @@ __global__ void from_tiles(const Shuffle s) {
 __global__ void nothing() {}
 
 }  // namespace
-
-cudaError_t clusters_at_once(int ctas, int* clusters) {
-  if (const cudaError_t error =
-          cudaFuncSetAttribute(nothing, cudaFuncAttributeMaxDynamicSharedMemorySize, sm90::kSharedMemory)) {
-    return error;
-  }
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(ctas), 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(ctas));
-  config.blockDim = dim3(1);
-  config.dynamicSmemBytes = sm90::kSharedMemory;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaOccupancyMaxActiveClusters(clusters, nothing, &config);
-}
 
 cudaError_t shuffle(const Shuffle& s, bool back, cudaStream_t stream) {
   if (s.experts * s.tiles * s.steps == 0) return cudaSuccess;

@@ -40,8 +40,7 @@ _LAYOUT_MOST: Final = 24_000
 _LAYOUT_LEAST: Final = 1 << 12
 _LAYOUT_GAIN: Final = 0.05
 """See :func:`check_row_major`: how many rows and scales of a weight to look at, below how many not to, what gain is
-evidence. Of a mixture's thousands of weights, more scales would take longer than all else that loading does with them:
-their memory would be asked of the system each time."""
+evidence. For more scales, memory would be asked of the system anew for each of a mixture's thousands of weights."""
 
 
 def check_full_precision(name: str, dtype: torch.dtype) -> None:

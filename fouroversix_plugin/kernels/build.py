@@ -262,7 +262,10 @@ def product_commands(compiler: str) -> list[tuple[str, ...]]:
     ]
     return [
         *kernels,
-        *((*common, str(csrc() / source)) for source in ("tiles_sm90.cu", "experts.cu", "launch_sm90.cpp")),
+        *(
+            (*common, str(csrc() / source))
+            for source in ("tiles_sm90.cu", "experts.cu", "chip_sm90.cu", "launch_sm90.cpp")
+        ),
     ]
 
 
