@@ -16,13 +16,14 @@ namespace {
 
 constexpr int kThreads = 128;     // of a CTA, unless a row has more
 constexpr int kMaxThreads = 512;  // of a CTA
+constexpr int kUnit = kWarp / 2;  // threads that have one row: groups are made of such
 constexpr int kDequantizeThreads = 256;
 
 // --- rows ---
 
 // The group of threads that a row belongs to.
 struct Group {
-  int threads;  // a multiple of the warp
+  int threads;  // a multiple of kUnit; of the warp for Scope::expert
   int lane;     // within the group
   int slot;     // the group's number within the CTA
 };
@@ -56,6 +57,7 @@ __device__ __forceinline__ Place find_expert(const Quantize& q, int64_t row) {
   return {before, q.layout == Layout::row_major ? row : int64_t(start) * tile + row - q.offsets[before]};
 }
 
+// Largest magnitude, as bits, of the blocks of a row that this thread takes. With a stash, what was read is kept there.
 template <bool gated>
 __device__ __forceinline__ uint32_t own_largest(const Quantize& q, int64_t row, const Group& group, Raw* stash) {
   const void* x = input_row<gated>(q, row);
@@ -78,19 +80,29 @@ __device__ __forceinline__ uint32_t own_largest(const Quantize& q, int64_t row, 
   return largest_bits(found);
 }
 
+// Of the `threads` that lie beside each other: a warp, or kUnit.
+__device__ __forceinline__ uint32_t largest_of(int threads, uint32_t found) {
+  if (threads == kWarp) return __reduce_max_sync(~0u, found);
+#pragma unroll
+  for (int apart = kUnit / 2; apart > 0; apart /= 2) found = max(found, __shfl_xor_sync(~0u, found, apart));
+  return found;
+}
+
 template <bool gated>
 __device__ __forceinline__ uint32_t find_amax(const Quantize& q, int64_t row, const Group& group, Raw* stash) {
-  __shared__ uint32_t largest[kMaxThreads / kWarp];
-  const uint32_t found = __reduce_max_sync(~0u, own_largest<gated>(q, row, group, stash));
-  if (group.threads == kWarp) {
+  __shared__ uint32_t largest[kMaxThreads / kUnit];
+  const int part = group.threads % kWarp == 0 ? kWarp : kUnit;
+  const uint32_t found = largest_of(part, own_largest<gated>(q, row, group, stash));
+  if (group.threads == part) {
     __syncwarp();  // for the stash
     return found;
   }
-  const int warps = group.threads / kWarp, first = group.slot * warps;
-  if (group.lane % kWarp == 0) largest[first + group.lane / kWarp] = found;
+  const int parts = group.threads / part, first = group.slot * parts, lane = group.lane % part;
+  if (lane == 0) largest[first + group.lane / part] = found;
   __syncthreads();  // of all groups of the CTA: a barrier for each would leave room for four CTAs on a multiprocessor
-  const int lane = group.lane % kWarp;
-  return __reduce_max_sync(~0u, lane < warps ? largest[first + lane] : 0u);
+  uint32_t all = 0;
+  for (int i = lane; i < parts; i += part) all = max(all, largest[first + i]);
+  return largest_of(part, all);
 }
 
 // How rows are spread over threads.
@@ -103,6 +115,13 @@ struct Shape {
   unsigned stash;     // bytes of shared memory for a row of silu(gate) * up, or 0: then it is computed twice
 };
 
+// What a thread of the warp has.
+template <class T>
+__device__ __forceinline__ T of_thread(int lane, T own) {
+  if constexpr (std::is_pointer_v<T>) return reinterpret_cast<T>(of_thread(lane, reinterpret_cast<uintptr_t>(own)));
+  else return __shfl_sync(~0u, own, lane);
+}
+
 // One row a group, or a part of it. `amax` is q.amax, or what the pass before found.
 template <Metric metric, bool adaptive, bool gated, bool as_values>
 __global__ void __maxnreg__((registers<gated, as_values>()))
@@ -111,17 +130,20 @@ __global__ void __maxnreg__((registers<gated, as_values>()))
   extern __shared__ uint4 stashes[];
   const Group group = group_of_thread(shape.group);
   const int64_t index = int64_t(blockIdx.x) * shape.groups + group.slot;
-  const int64_t row = shape.backwards ? q.rows - 1 - index : index;
   const bool inside = index < q.rows;  // of whole groups
+  const int64_t taken = inside ? index : q.rows - 1;  // a warp's other half may be inside: then these look at a row, too
+  const int64_t row = shape.backwards ? q.rows - 1 - taken : taken;
   Raw* stash = nullptr;
   if (gated && shape.stash != 0) {
     stash = reinterpret_cast<Raw*>(reinterpret_cast<char*>(stashes) + group.slot * shape.stash);
   }
+  wait_for_kernel_before();
+  let_kernel_after_start();
 
   Place place = {0, row};
   uint32_t row_amax = 0;
   if (q.scope == Scope::token) {
-    if (!inside) return;
+    if (!__any_sync(~0u, inside)) return;
     row_amax = amax == nullptr ? find_amax<gated>(q, row, group, stash)
                                : bits<uint32_t>(amax[q.amax_is_shared ? 0 : row]);
   } else if (q.scope == Scope::expert) {
@@ -138,19 +160,19 @@ __global__ void __maxnreg__((registers<gated, as_values>()))
   const GlobalScales global = global_scales(bits<float>(row_amax), q.recipe.encoded_amax);
   const Row shared = row_of(global);
   if (group.lane == 0 && blockIdx.y == 0) {
-    if (q.scope == Scope::token) q.decode_scale[row] = stored_decode_scale(global);
+    if (q.scope == Scope::token && inside) q.decode_scale[row] = stored_decode_scale(global);
     if (q.scope == Scope::tensor && index == 0) q.decode_scale[0] = stored_decode_scale(global);
   }
-  if (!inside) return;
+  if (!__any_sync(~0u, inside)) return;
 
   const int blocks = static_cast<int>(q.columns / kBlock);
   const void* x = input_row<gated>(q, row);
   const Target to = target_of(q, row, place.scale_row, blocks, shape.scale_stride);
   const int part = (blocks + shape.parts - 1) / shape.parts, begin = static_cast<int>(blockIdx.y) * part;
-  const int end = min(blocks, begin + part);
+  const int end = inside ? min(blocks, begin + part) : 0;
   // Whole warps, for settle.
-  for (int first = begin + group.lane / kWarp * kWarp; first < end; first += group.threads) {
-    const int block = first + group.lane % kWarp;
+  for (int first = 0; first < part; first += group.threads) {
+    const int block = begin + first + group.lane;
     bool open = false;
     if (block < end) {
       Raw raw = gated && stash != nullptr ? load(stash, block) : read<gated>(x, block, blocks);
@@ -159,7 +181,20 @@ __global__ void __maxnreg__((registers<gated, as_values>()))
       if (!open) write(to, block, chosen, raw);
     }
     for (uint32_t left = __ballot_sync(~0u, open); left != 0; left &= left - 1) {
-      settle<metric, adaptive, gated, as_values>(q, shared, x, stash, first + __ffs(left) - 1, to);
+      const int lane = __ffs(left) - 1;
+      Row its = shared;
+      its.amax = of_thread(lane, shared.amax);
+      its.encode = of_thread(lane, shared.encode);
+      its.decode = of_thread(lane, shared.decode);
+      Target its_target = to;
+      if constexpr (as_values) {
+        its_target.values = of_thread(lane, to.values);
+      } else {
+        its_target.packed = of_thread(lane, to.packed);
+        its_target.scales = of_thread(lane, to.scales);
+      }
+      settle<metric, adaptive, gated, as_values>(q, its, of_thread(lane, x), gated ? of_thread(lane, stash) : nullptr,
+                                                 of_thread(lane, block), its_target);
     }
   }
 }
@@ -231,10 +266,13 @@ Shape shape_of(const Quantize& q) {
   const int64_t least = ceil_div(blocks * bytes, kBytesInL1), wanted = kResidentThreads / rows;
   int64_t threads = least > wanted ? least : wanted;
   threads = threads < blocks ? threads : blocks;
-  threads = ceil_div(threads, kWarp) * kWarp;
+  // A CTA is of whole warps: where a row ends within one, it has more than a row.
+  const int64_t unit = q.scope == Scope::expert || threads > kMaxThreads / 2 ? kWarp : kUnit;
+  threads = ceil_div(threads, unit) * unit;
   Shape shape = {};
   shape.group = static_cast<int>(threads < kMaxThreads ? threads : kMaxThreads);
   shape.groups = shape.group < kThreads ? kThreads / shape.group : 1;
+  if (shape.group * shape.groups % kWarp != 0) ++shape.groups;
   const int64_t most = ceil_div(blocks, kThreads), spare = kMultiprocessors / rows;
   shape.parts = static_cast<int>(most < spare ? most : spare);
   shape.parts = shape.parts > 1 ? shape.parts : 1;
@@ -246,6 +284,12 @@ Shape shape_of(const Quantize& q) {
   return shape;
 }
 
+bool is_hopper_or_later() {
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+}
+
 }  // namespace
 
 cudaError_t FOS_ENTRY(quantize)(const Quantize& q, float* workspace, cudaStream_t stream) {
@@ -253,7 +297,10 @@ cudaError_t FOS_ENTRY(quantize)(const Quantize& q, float* workspace, cudaStream_
       q.gated ? (q.values ? kernels_of<true, true>(q.recipe) : kernels_of<true, false>(q.recipe))
               : (q.values ? kernels_of<false, true>(q.recipe) : kernels_of<false, false>(q.recipe));
   const Cluster cluster = cluster_of(q);
-  if (cluster.ctas > 0 && has_clusters()) return launch(kernels.few_rows, q, cluster, stream);
+  if (cluster.ctas > 0 && is_hopper_or_later()) {
+    const dim3 grid(static_cast<unsigned>(cluster.ctas), static_cast<unsigned>(q.rows));
+    return sm90::launch_early(kernels.few_rows, grid, grid.x, cluster.threads, 0, stream, q, scale_stride(q));
+  }
   Shape shape = shape_of(q);
   const int threads = shape.group * shape.groups;
   const float* amax = q.amax;
@@ -272,7 +319,11 @@ cudaError_t FOS_ENTRY(quantize)(const Quantize& q, float* workspace, cudaStream_
   }
   // Without rows one CTA still writes the decode scales.
   const dim3 grid(static_cast<unsigned>(ceil_div(q.rows > 0 ? q.rows : 1, shape.groups)), shape.parts);
-  kernels.rows<<<grid, threads, shape.stash * static_cast<unsigned>(shape.groups), stream>>>(q, amax, shape);
+  const unsigned bytes = shape.stash * static_cast<unsigned>(shape.groups);
+  if (is_hopper_or_later()) {
+    return sm90::launch_early(kernels.rows, grid, 0, threads, static_cast<int>(bytes), stream, q, amax, shape);
+  }
+  kernels.rows<<<grid, threads, bytes, stream>>>(q, amax, shape);
   return cudaGetLastError();
 }
 

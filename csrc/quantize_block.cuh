@@ -21,6 +21,7 @@
 #include <cstring>
 
 #include "cuda.h"
+#include "sm90.cuh"
 
 // Instructions that only some chips have. The generic code beside each gives the same bits (instead of NaN, a NaN).
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 860
@@ -28,6 +29,10 @@
 #endif
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
 #define FOS_NATIVE_FP8 1
+#endif
+// Thread block clusters, and kernels that start before the one they follow has ended.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define FOS_HOPPER_OR_LATER 1
 #endif
 #if defined(__CUDA_ARCH_FEAT_SM100_ALL) || defined(__CUDA_ARCH_FEAT_SM103_ALL) || \
     defined(__CUDA_ARCH_FEAT_SM120_ALL) || defined(__CUDA_ARCH_FEAT_SM121_ALL)
@@ -50,6 +55,18 @@ __host__ __device__ constexpr int registers() {
   if (kDtype != Dtype::fp32 && !gated) return as_values ? 80 : 64;
 #endif
   return 96;
+}
+
+// The kernel before and the kernel after, where chips let them overlap.
+__device__ __forceinline__ void wait_for_kernel_before() {
+#if defined(FOS_HOPPER_OR_LATER)
+  sm90::wait_for_kernel_before();
+#endif
+}
+__device__ __forceinline__ void let_kernel_after_start() {
+#if defined(FOS_HOPPER_OR_LATER)
+  sm90::let_kernel_after_start();
+#endif
 }
 
 // As bits(), for CUDA's pairs, which are not trivially copyable by the letter.
@@ -437,7 +454,6 @@ __device__ __forceinline__ const void* input_row(const Quantize& q, int64_t row)
   return static_cast<const char*>(q.x) + row * q.columns * ((gated ? 2 : 1) * (kDtype == Dtype::fp32 ? 4 : 2));
 }
 
-// Largest magnitude, as bits, of the blocks of a row that this thread takes. With a stash, what was read is kept there.
 // --- writing ---
 
 // e2m1 * block_scale, exact in every type.
@@ -539,8 +555,6 @@ __device__ __forceinline__ void settle(const Quantize& q, const Row& row, const 
     write_scale(to, block, whole ? e4m3_byte(sf) : kE4m3Nan);
   }
 }
-
-// How rows are spread over threads.
 
 }  // namespace
 }  // namespace fos::cuda

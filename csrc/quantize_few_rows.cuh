@@ -5,11 +5,6 @@
 
 #include "quantize_block.cuh"
 
-// Thread block clusters, and kernels that start before the one they follow has ended.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-#define FOS_CLUSTERS 1
-#endif
-
 namespace fos::cuda {
 namespace {
 
@@ -23,10 +18,8 @@ struct Exchange {
   uint32_t largest[kMaxRowWarps];
 };
 
-#if defined(FOS_CLUSTERS)
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
+#if defined(FOS_HOPPER_OR_LATER)
+using sm90::shared_address;
 
 // All CTAs of the cluster run once this returns, and their barriers wait for `warps` numbers.
 __device__ __forceinline__ void open_exchange(Exchange& exchange, int warps) {
@@ -75,7 +68,7 @@ __device__ __forceinline__ uint32_t largest_of_cluster(Exchange& exchange, int w
 template <Metric metric, bool adaptive, bool gated, bool as_values>
 __global__ void __maxnreg__((registers<gated, as_values>()))
     quantize_few_rows(const __grid_constant__ Quantize q, const int scale_stride) {
-#if defined(FOS_CLUSTERS)
+#if defined(FOS_HOPPER_OR_LATER)
   using Rounded = std::conditional_t<as_values, Numbers, Codes>;
   __shared__ Exchange exchange;
   const int warps = static_cast<int>(gridDim.x * blockDim.x) / kWarp;
@@ -86,8 +79,8 @@ __global__ void __maxnreg__((registers<gated, as_values>()))
   const void* x = input_row<gated>(q, row);
   const Target to = target_of(q, row, row, blocks, scale_stride);
   // Up to here the kernel before may still run.
-  cudaGridDependencySynchronize();
-  cudaTriggerProgrammaticLaunchCompletion();  // not before: CTAs of several calls would crowd on some multiprocessors
+  wait_for_kernel_before();
+  let_kernel_after_start();  // not before: CTAs of several calls would crowd on some multiprocessors
   Raw raw = read<gated>(x, min(block, blocks - 1), blocks);  // the last one again does no harm
   const uint32_t amax = largest_of_cluster(exchange, warps, largest_bits(larger_magnitudes(raw)));
   const GlobalScales global = global_scales(bits<float>(amax), q.recipe.encoded_amax);
@@ -125,29 +118,6 @@ Cluster cluster_of(const Quantize& q) {
   const int64_t most = spare >= kMaxCluster ? kMaxCluster : (spare >= 4 ? 4 : 2);
   const int64_t each = ceil_div(warps, most), ctas = ceil_div(warps, each);
   return {static_cast<int>(ctas < 2 ? 2 : ctas), static_cast<int>(each) * kWarp};
-}
-
-// Whether the current device has clusters of CTAs.
-bool has_clusters() {
-  int device = 0, major = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
-}
-
-cudaError_t launch(void (*kernel)(Quantize, int), const Quantize& q, const Cluster& cluster, cudaStream_t stream) {
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {static_cast<unsigned>(cluster.ctas), 1, 1};
-  // It may start before the kernel before has ended, and waits for it before it touches memory.
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(cluster.ctas), static_cast<unsigned>(q.rows));
-  config.blockDim = dim3(static_cast<unsigned>(cluster.threads));
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  return cudaLaunchKernelEx(&config, kernel, q, scale_stride(q));
 }
 
 }  // namespace

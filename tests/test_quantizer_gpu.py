@@ -91,7 +91,11 @@ def test_graph_replay_or_compilation_changes_a_byte(call: Callable[[Tensor], tup
         assert_same_tensor("compiled", actual, expected)
 
 
-SHAPES = [(1, 16), (1, 14336), (3, 16384), (3, 16400), (17, 1040), (40, 6160), (64, 14336), (264, 528), (265, 528)]
+SHAPES = [
+    *((1, 16), (1, 14336), (3, 16384), (3, 16400), (17, 1040), (40, 6160), (64, 14336), (264, 528), (265, 528)),
+    # Rows that end within a warp: of 16, 48, 144 and 176 threads, the last row's warp without another one.
+    *((9001, 768), (301, 768), (1001, 4352), (301, 2816)),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -118,9 +122,10 @@ def check_operator(name: str, *arguments: Any) -> None:
         assert_same_tensor(f"{name} {arguments[1:]}, result {number}", a, e)
 
 
+@pytest.mark.parametrize("rows", [4, 300])
 @pytest.mark.parametrize("captured", [False, True])
-def test_a_call_begins_before_its_input_is_there_or_is_overtaken(captured: bool) -> None:
-    values = [mixed_magnitudes(4, 4096, seed=seed, spread=2).cuda() for seed in range(3)]
+def test_a_call_begins_before_its_input_is_there_or_is_overtaken(captured: bool, rows: int) -> None:
+    values = [mixed_magnitudes(rows, 4096, seed=seed, spread=2).cuda() for seed in range(3)]
     expected = [cuda.quantize(x, Recipe(), "token", None, "128x4", False, None) for x in values]
     x, side = torch.zeros_like(values[0]), torch.cuda.Stream()
 
