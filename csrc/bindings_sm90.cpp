@@ -197,8 +197,11 @@ cuda::Route ids_of(Tensor& topk_ids, int64_t experts) {
 }
 
 // (slot_of_row [P], token_of_row [P], blocks [.., 4], in_use [2]): slots by expert, in blocks of at most `tokens` rows.
-std::tuple<Tensor, Tensor, Tensor, Tensor> route(Tensor topk_ids, int64_t experts, int64_t tokens) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> route(Tensor topk_ids, int64_t experts, int64_t tokens,
+                                                 bool beside_kernel_before) {
+  STD_TORCH_CHECK(!beside_kernel_before || topk_ids.is_contiguous(), "topk_ids: needed contiguous, or a copy comes between");
   cuda::Route r = ids_of(topk_ids, experts);
+  r.beside_kernel_before = beside_kernel_before;
   r.tokens = int_of(tokens);
   STD_TORCH_CHECK(r.tokens > 0, "tokens: got 0, needed the rows of a block");
   const int64_t most = r.slots / r.tokens + (r.slots < experts ? r.slots : experts);
@@ -298,7 +301,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fouroversix_cuda, m) {
   m.def(
       "linear(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, Tensor? token_scale, Tensor? bias, "
       "bool any_rows, int tokens, int split, int strips) -> Tensor");
-  m.def("route(Tensor topk_ids, int experts, int tokens) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "route(Tensor topk_ids, int experts, int tokens, bool beside_kernel_before) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "gather(Tensor x, Tensor token_of_row, Tensor slot_of_row, Tensor in_use, Tensor? topk_weights) -> Tensor");
   m.def(

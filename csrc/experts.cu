@@ -13,9 +13,10 @@ constexpr int kCopyThreads = 128;
 constexpr int kSumThreads = 128;
 constexpr int kAtOnce = 4;  // reads that are under way before the first is used
 
+// Past the first-level cache, which may hold older ids until the kernel before is waited for.
 __device__ __forceinline__ int expert_of(const Route& r, int slot) {
-  const int64_t id = r.wide_ids ? static_cast<const int64_t*>(r.topk_ids)[slot]
-                                : static_cast<const int32_t*>(r.topk_ids)[slot];
+  const int64_t id = r.wide_ids ? __ldcg(static_cast<const long long*>(r.topk_ids) + slot)
+                                : __ldcg(static_cast<const int32_t*>(r.topk_ids) + slot);
   return id >= 0 && id < r.experts ? static_cast<int>(id) : -1;
 }
 
@@ -37,7 +38,7 @@ __global__ void __launch_bounds__(kRouteThreads) sort_slots(const Route r) {
   const int rank = blockIdx.x, ctas = gridDim.x, first_slot = rank * kRouteThreads + thread;
   let_kernel_after_start();
   for (int e = thread; e < r.experts; e += kRouteThreads) next[e] = 0;
-  wait_for_kernel_before();
+  if (!r.beside_kernel_before) wait_for_kernel_before();
   __syncthreads();
   for (int slot = first_slot; slot < r.slots; slot += ctas * kRouteThreads) {
     const int expert = expert_of(r, slot);
@@ -80,6 +81,7 @@ __global__ void __launch_bounds__(kRouteThreads) sort_slots(const Route r) {
     r.slot_of_row[row] = slot;
     r.token_of_row[row] = slot / r.top_k;
   }
+  if (r.beside_kernel_before) wait_for_kernel_before();  // who waits for this one waits for both
 }
 
 // A CTA a row of the result: the row of its token, times the weight of its slot where weights are given.

@@ -85,6 +85,8 @@ struct Route {
   int32_t *slot_of_row, *token_of_row;  // [slots]
   Block* blocks;
   int32_t* in_use;  // blocks, rows
+  // The kernel before wrote nothing that is read here, and began only after all that did had ended: both may run at once.
+  bool beside_kernel_before;
 };
 
 struct Gather {

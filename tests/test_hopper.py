@@ -94,6 +94,41 @@ def test_tiles_of_experts_change_a_result(
                 assert_within(f"{rows} rows, {tokens} a tile", of_tiles[tokens], expected)
 
 
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("rows", [1, 48, 1000])
+def test_rows_are_sorted_by_ids_that_are_not_there_yet(rows: int, captured: bool) -> None:
+    E, top_k, H, inner = 16, 4, 512, 192
+    g = generator("cuda", "late", rows)
+    held = ops.prepare_experts(*random_experts(E, H, inner, g), torch.bfloat16)
+    given = [(random_x(rows, H, torch.bfloat16, g), *routing(rows, E, top_k, g)) for _ in range(3)]
+    expected = [ops.moe(x, *held, weights, ids, Recipe(), "silu", False) for x, weights, ids in given]
+    now = [torch.empty_like(tensor) for tensor in given[0]]
+
+    def calls() -> list[Tensor]:
+        found = []
+        for tensors in given:
+            torch.cuda._sleep(100_000)
+            for to, tensor in zip(now, tensors, strict=True):  # ids last
+                torch.add(tensor, 0, out=to)
+            found.append(ops.moe(now[0], *held, now[1], now[2], Recipe(), "silu", False))
+        return found
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        graph = torch.cuda.CUDAGraph()
+        if captured:
+            calls()
+            with torch.cuda.graph(graph):
+                found = calls()
+        for _ in range(10):
+            if captured:
+                graph.replay()
+            else:
+                found = calls()
+            torch.cuda.synchronize()
+            for number, (a, e) in enumerate(zip(found, expected, strict=True)):
+                assert_same_tensor(f"call {number}", a, e)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("tokens", [8, 64])
 def test_the_pinned_silu_of_a_gate_is_another_number(tokens: int, dtype: torch.dtype) -> None:
@@ -109,7 +144,7 @@ def test_the_pinned_silu_of_a_gate_is_another_number(tokens: int, dtype: torch.d
     held = ops.prepare_weight(NVFP4Tensor(packed, block_scale, torch.ones(1, device="cuda")), dtype, gated=True)
     kernels = torch.ops.fouroversix_cuda
     ids = torch.zeros(len(gate), 1, device="cuda", dtype=torch.int32)
-    slot_of_row, token_of_row, blocks, in_use = kernels.route(ids, 1, tokens)
+    slot_of_row, token_of_row, blocks, in_use = kernels.route(ids, 1, tokens, False)
     few = tokens == 8
     inner = kernels.multiply_experts(
         x if few else kernels.gather(x, token_of_row, slot_of_row, in_use, None),

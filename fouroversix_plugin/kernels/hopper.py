@@ -120,13 +120,14 @@ def moe(
         return x.new_empty(0, hidden)
     if topk_ids.dtype not in (torch.int32, torch.int64):
         topk_ids = topk_ids.int()
-    topk_weights = topk_weights.float()
+    topk_ids, topk_weights = topk_ids.contiguous(), topk_weights.float()
     on_input = apply_router_weight_on_input
     tokens = _rows_of_a_tile(topk_ids.numel(), experts, hidden, half)
-    slot_of_row, token_of_row, blocks, in_use = kernels.route(topk_ids, experts, tokens)
+    # Quantizing x reads no id, and waits for what wrote them: rows can be sorted meanwhile.
     token_scale = None
-    if activations is not None and not on_input:
+    if beside := activations is not None and not on_input:
         x, token_scale = native.quantize_values(x, activations, input_amax, False)
+    slot_of_row, token_of_row, blocks, in_use = kernels.route(topk_ids, experts, tokens, beside)
     x_row = token_of_row if tokens <= _FEW_ROWS and not on_input else None
     rows = (
         x
