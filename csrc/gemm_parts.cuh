@@ -166,9 +166,20 @@ __device__ __forceinline__ float scaled_back(float sum, float token_scale, float
   return (sum * token_scale) * decode_scale;
 }
 
-// silu_and_mul of nvfp4.cuh to the bit, for gates of 16 bits (tests ask for all of them). A division's branches would keep
-// numbers from being computed side by side, so it is spelled out: a quotient and what it lacks, without its special cases.
-__device__ __forceinline__ float silu_and_mul_branchless(float gate, float up) {
+constexpr float kLog2OfE = 0x1.715476p+0f, kLn2 = 0x1.62e430p-1f, kLn2Rest = -0x1.05c610p-29f;
+
+// silu_and_mul of nvfp4.cuh by the chip's own functions, to about 2^-21: what rounding takes from gate * log2(e) comes
+// back as a factor. Divided by four, 1 + e^-gate has a normal inverse, or one of 0 where e^-gate is infinite.
+__device__ __forceinline__ float silu_and_mul_near(float gate, float up) {
+  const float power = gate * -kLog2OfE;
+  const float rest = __fmaf_rn(-power, kLn2, -gate) + __fmaf_rn(-power, kLn2Rest, 1.0f);
+  const float quarter = __fmaf_rn(exp2_fast(power) * rest, 0.25f, 0.25f);
+  return gate * inverse_fast(quarter) * (up * 0.25f);
+}
+
+// silu_and_mul of nvfp4.cuh to the bit, for gates of 16 bits (tests ask for all of them). A division's call would cost
+// registers, so it is spelled out: a quotient and what it lacks, without its special cases.
+__device__ __forceinline__ float silu_and_mul_exact(float gate, float up) {
   // Beyond these limits 1 + e^-gate is 1, or infinite, all the same. e^-gate may be a little more than 2^127.
   const Exponential power = exp_pinned(fminf(fmaxf(-gate, -30.0f), 89.0f));
   const float divisor = 1.0f + (power.p + power.p) * power_of_two(power.n - 1);
@@ -184,19 +195,75 @@ __device__ __forceinline__ float silu_and_mul_branchless(float gate, float up) {
   return quotient * up;
 }
 
-// Of gate and up as they are stored, in the type of x.
+// Whether silu_and_mul of nvfp4.cuh is rounded to the type of x as `near` is, which is silu_and_mul_near(gate, up): they
+// differ by less than kMargin units in the last place, for gates that neither overflow nor get lost on the way, and no
+// tie is that close. (A test asks for every gate times every up.)
+__device__ __forceinline__ bool rounds_as_pinned(float gate, float near) {
+  constexpr uint32_t kLost = kDtype == Dtype::bf16 ? 16 : 13;  // bits
+  constexpr uint32_t kMargin = 8, kTie = 1u << (kLost - 1), kFar = (1u << kLost) - 2 * kMargin;
+  const bool far = ((bits<uint32_t>(near) + kTie + kMargin) & kFar) != 0;
+  // Numbers that are subnormal in fp16 lose more bits.
+  const bool usual = kDtype == Dtype::bf16 || fabsf(near) >= 0x1p-14f || near == 0.0f;
+  // Gates of 0 are those of tokens that a tile has room for.
+  return far & usual & ((fabsf(gate) >= 0x1p-100f) | (gate == 0.0f)) & (fabsf(gate) <= 0x1p20f);
+}
+
+struct GateAndUp {
+  float gate, up;
+
+  // `stored`: both, as they would be stored in the type of x.
+  __device__ __forceinline__ explicit GateAndUp(uint32_t stored)
+      : gate(widen(reinterpret_cast<const Value*>(&stored)[0])), up(widen(reinterpret_cast<const Value*>(&stored)[1])) {}
+};
+
+// But for the pinned one.
 template <Activation activation>
-__device__ __forceinline__ float activate(float gate, float up) {
-  const uint32_t stored = pack(gate, up);
-  gate = widen(reinterpret_cast<const Value*>(&stored)[0]), up = widen(reinterpret_cast<const Value*>(&stored)[1]);
-  constexpr float kLog2OfE = 1.44269504088896341f;
-  if constexpr (activation == Activation::silu) return gate * inverse_fast(1.0f + exp2_fast(gate * -kLog2OfE)) * up;
-  if constexpr (activation == Activation::silu_pinned) return silu_and_mul_branchless(gate, up);
-  if constexpr (activation == Activation::gelu) {
-    return 0.5f * gate * (1.0f + erff(gate * 0.70710678118654752f)) * up;
+__device__ __forceinline__ float activate(const GateAndUp& x) {
+  if constexpr (activation == Activation::silu) {
+    return x.gate * inverse_fast(1.0f + exp2_fast(x.gate * -kLog2OfE)) * x.up;
   }
-  const float inner = 0.79788456080286536f * (gate + 0.044715f * gate * gate * gate);
-  return 0.5f * gate * (1.0f + tanhf(inner)) * up;
+  if constexpr (activation == Activation::gelu) {
+    return 0.5f * x.gate * (1.0f + erff(x.gate * 0.70710678118654752f)) * x.up;
+  }
+  const float inner = 0.79788456080286536f * (x.gate + 0.044715f * x.gate * x.gate * x.gate);
+  return 0.5f * x.gate * (1.0f + tanhf(inner)) * x.up;
+}
+
+// Of gates and ups as they are stored in the type of x, in pairs of results.
+template <Activation activation, int kPairs>
+__device__ __forceinline__ void activate(const uint32_t (&stored)[2 * kPairs], uint32_t (&results)[kPairs]) {
+  if constexpr (activation != Activation::silu_pinned) {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const GateAndUp a(stored[2 * i]), b(stored[2 * i + 1]);
+      results[i] = pack(activate<activation>(a), activate<activation>(b));
+    }
+    return;
+  }
+  unsigned open = 0;  // a bit for each result that only the specification's operations tell
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i) {
+    const GateAndUp a(stored[2 * i]), b(stored[2 * i + 1]);
+    const float first = silu_and_mul_near(a.gate, a.up), second = silu_and_mul_near(b.gate, b.up);
+    if (!rounds_as_pinned(a.gate, first)) open |= 1u << (2 * i);
+    if (!rounds_as_pinned(b.gate, second)) open |= 2u << (2 * i);
+    results[i] = pack(first, second);
+  }
+  // One after the other: a copy of this for each would hardly ever be in the cache of instructions.
+#pragma unroll 1
+  for (; open != 0; open &= open - 1) {
+    const int at = __ffs(open) - 1;
+    uint32_t own = stored[0];
+#pragma unroll
+    for (int i = 1; i < 2 * kPairs; ++i) own = at == i ? stored[i] : own;
+    const GateAndUp x(own);
+    const float result = silu_and_mul_exact(x.gate, x.up);
+    const uint32_t both = pack(result, result);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      results[i] = __byte_perm(results[i], both, at == 2 * i ? 0x3254 : at == 2 * i + 1 ? 0x5410 : 0x3210);
+    }
+  }
 }
 
 // Calls `use` with the activation as a constant: to ask for each number which it is would keep numbers from being computed
@@ -239,18 +306,22 @@ struct Piece {
       out[0] = make_float4(y[0], y[1], y[2], y[3]);
       out[1] = make_float4(y[4], y[5], y[6], y[7]);
     } else {
-      alignas(16) Value packed[kOutputs];
+      alignas(16) uint32_t packed[kOutputs / 2];
       if constexpr (kOutput == Output::gated) {
+        uint32_t stored[kOutputs];
+#pragma unroll
+        for (int i = 0; i < kOutputs; ++i) stored[i] = pack(y[i], y[i + kOutputs]);
         with_activation(g.activation, [&](auto activation) {
-#pragma unroll
-          for (int i = 0; i < kOutputs; ++i) y[i] = activate<decltype(activation)::value>(y[i], y[i + kOutputs]);
+          activate<decltype(activation)::value, kOutputs / 2>(stored, packed);
         });
-      } else if (g.bias != nullptr) {
+      } else {
+        if (g.bias != nullptr) {
 #pragma unroll
-        for (int i = 0; i < kOutputs; ++i) y[i] = y[i] + load_number(g.bias, g.bias_dtype, output + i);
+          for (int i = 0; i < kOutputs; ++i) y[i] = y[i] + load_number(g.bias, g.bias_dtype, output + i);
+        }
+#pragma unroll
+        for (int i = 0; i < kOutputs; i += 2) packed[i / 2] = pack(y[i], y[i + 1]);
       }
-#pragma unroll
-      for (int i = 0; i < kOutputs; ++i) round_to(y[i], packed[i]);
       using Word = std::conditional_t<kOutputs == 8, uint4, uint2>;
       *reinterpret_cast<Word*>(static_cast<Value*>(g.out) + to) = *reinterpret_cast<const Word*>(packed);
     }

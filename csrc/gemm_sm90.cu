@@ -280,20 +280,21 @@ __device__ __forceinline__ void write_rows(const Gemm& g, const Strip& strip, co
                                                             : (lane / 16 * 8 + lane % 8) * kChunkPitch + lane / 8 % 2 * 16);
     const uint32_t from = staging + lane / kPieces * kChunkPitch + lane % kPieces * 16;
     Value* const out = static_cast<Value*>(g.out) + strip.output + lane % kPieces * 8;
-    // `make` packs what 8 tokens' sums stand for into matrix i of a chunk, or into those from 2 * i on.
-    const auto write_chunks = [&](auto make) {
+    // `store` makes two words of what 8 tokens' sums stand for, `finish` four matrices of the words of a chunk.
+    const auto write_chunks = [&](auto store, auto finish) {
 #pragma unroll
       for (int first = 0; first < kTokens; first += kChunk) {
         if (first >= count) break;
-        uint32_t matrices[4];
+        uint32_t words[kChunk / 4] = {}, matrices[4];  // a step of 8 tokens may be missing
 #pragma unroll
         for (int i = 0; i < kChunk / 8; ++i) {
           const int token = first + i * 8;
           if (token >= kTokens) break;
           float y[4];
           finished(token, y);
-          make(y, i, matrices);
+          store(y, words[2 * i], words[2 * i + 1]);
         }
+        finish(words, matrices);
         __syncwarp();
         store_matrices_transposed(to, matrices);
         __syncwarp();
@@ -304,20 +305,27 @@ __device__ __forceinline__ void write_rows(const Gemm& g, const Strip& strip, co
     };
     if constexpr (kOutput == Output::gated) {
       with_activation(g.activation, [&](auto activation) {
-        write_chunks([](const float (&y)[4], int i, uint32_t (&matrices)[4]) {
-          constexpr Activation kActivation = decltype(activation)::value;
-          matrices[i] = pack(activate<kActivation>(y[0], y[2]), activate<kActivation>(y[1], y[3]));
-        });
+        write_chunks(
+            [](const float (&y)[4], uint32_t& first, uint32_t& second) {
+              first = pack(y[0], y[2]), second = pack(y[1], y[3]);
+            },
+            [](const uint32_t (&words)[kChunk / 4], uint32_t (&matrices)[4]) {
+              activate<decltype(activation)::value, 4>(words, matrices);
+            });
       });
     } else {
-      write_chunks([&](float (&y)[4], int i, uint32_t (&matrices)[4]) {
-        if (g.bias != nullptr) {
+      write_chunks(
+          [&](float (&y)[4], uint32_t& first, uint32_t& second) {
+            if (g.bias != nullptr) {
 #pragma unroll
-          for (int k = 0; k < 4; ++k) y[k] = y[k] + strip.bias[k / 2];
-        }
-        matrices[2 * i] = pack(y[0], y[1]);
-        matrices[2 * i + 1] = pack(y[2], y[3]);
-      });
+              for (int k = 0; k < 4; ++k) y[k] = y[k] + strip.bias[k / 2];
+            }
+            first = pack(y[0], y[1]), second = pack(y[2], y[3]);
+          },
+          [](const uint32_t (&words)[kChunk / 4], uint32_t (&matrices)[4]) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) matrices[i] = words[i];
+          });
     }
   }
 }

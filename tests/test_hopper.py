@@ -1,6 +1,8 @@
 """Products on Hopper in every way they can be launched, not only as the kernels choose (run by hand, not in CI)."""
 
 import itertools
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from products import (
 from torch import Tensor
 
 from fouroversix_plugin import reference
-from fouroversix_plugin.kernels import hopper, ops
+from fouroversix_plugin.kernels import build, hopper, ops
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
 from fouroversix_plugin.recipe import Recipe
 
@@ -154,3 +156,16 @@ def test_the_pinned_silu_of_a_gate_is_another_number(tokens: int, dtype: torch.d
     expected = reference.silu_and_mul(x[:, :2].cpu()).expand(-1, 16)
     of_token = torch.empty_like(inner).index_copy_(0, token_of_row.long(), inner)
     assert_same_tensor(f"{len(gate)} gates", of_token.cpu(), expected.contiguous())
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_fast_pinned_silu_is_another_number(tmp_path: Path, dtype: str) -> None:
+    program = tmp_path / "every_pinned_silu"
+    source = Path(__file__).with_name(f"{program.name}.cu")
+    flags = (*build.NVCC_STRICT, *build.architecture_flags(build.HOPPER), f"-DFOS_DTYPE={dtype}", "-DFOS_OUTPUT=gated")
+    subprocess.run([build.nvcc(), "-std=c++20", "-O3", *flags, "-o", str(program), str(source)], check=True)
+    printed = subprocess.run([program], check=True, capture_output=True, text=True).stdout
+    different, unsure, units = map(int, printed.split())
+    print(f"{dtype}: {different} of 2^32 differ; {unsure / 2**32:.2%} computed slowly, others to {units} units")
+    assert different == 0
+    assert units < 8
