@@ -4,7 +4,7 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -86,6 +86,24 @@ def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> py
 def raw(tensor: Tensor) -> Tensor:
     """The tensor's bytes, [..., bytes of an element]: NaN equals NaN, and -0.0 is not 0.0."""
     return tensor.contiguous().unsqueeze(-1).view(torch.uint8)
+
+
+def repeated(calls: Callable[[], list[Any]], captured: bool, times: int = 10) -> Iterator[list[Any]]:
+    """What ``calls`` returns each time, on a CUDA stream of its own; ``captured``: as a graph that is replayed."""
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        found = calls()  # what a first call sets up cannot be captured
+        graph = torch.cuda.CUDAGraph()
+        if captured:
+            with torch.cuda.graph(graph):
+                found = calls()
+        for _ in range(times):
+            if captured:
+                graph.replay()
+            else:
+                found = calls()
+            torch.cuda.synchronize()
+            yield found
 
 
 def assert_same_tensor(what: str, actual: Tensor, expected: Tensor) -> None:

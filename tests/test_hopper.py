@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same_tensor
+from conftest import assert_same_tensor, repeated
 from products import (
     ON_CUDA,
     assert_within,
@@ -115,20 +115,9 @@ def test_rows_are_sorted_by_ids_that_are_not_there_yet(rows: int, captured: bool
             found.append(ops.moe(now[0], *held, now[1], now[2], Recipe(), "silu", False))
         return found
 
-    with torch.cuda.stream(torch.cuda.Stream()):
-        graph = torch.cuda.CUDAGraph()
-        if captured:
-            calls()
-            with torch.cuda.graph(graph):
-                found = calls()
-        for _ in range(10):
-            if captured:
-                graph.replay()
-            else:
-                found = calls()
-            torch.cuda.synchronize()
-            for number, (a, e) in enumerate(zip(found, expected, strict=True)):
-                assert_same_tensor(f"call {number}", a, e)
+    for found in repeated(calls, captured):
+        for number, (a, e) in enumerate(zip(found, expected, strict=True)):
+            assert_same_tensor(f"call {number}", a, e)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

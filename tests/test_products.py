@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same_tensor, calc_diff
+from conftest import assert_same_tensor, calc_diff, repeated
 from products import (
     CPU,
     CUDA,
@@ -411,19 +411,9 @@ def test_a_call_begins_before_its_input_is_there_or_is_overtaken(
             x.fill_(torch.nan)
         return found
 
-    with torch.cuda.stream(torch.cuda.Stream()):
-        graph = torch.cuda.CUDAGraph()
-        if captured:
-            with torch.cuda.graph(graph):
-                found = calls()
-        for _ in range(10):
-            if captured:
-                graph.replay()
-            else:
-                found = calls()
-            torch.cuda.synchronize()
-            for call, y in enumerate(found):
-                assert_same_tensor(f"call {call}", y, expected[call // 2])
+    for found in repeated(calls, captured):
+        for call, y in enumerate(found):
+            assert_same_tensor(f"call {call}", y, expected[call // 2])
 
 
 @by_scheme

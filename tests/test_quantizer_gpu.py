@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RECIPES, assert_same_tensor, mixed_magnitudes
+from conftest import RECIPES, assert_same_tensor, mixed_magnitudes, repeated
 from torch import Tensor
 
 import fouroversix_plugin as fos
@@ -146,20 +146,10 @@ def test_a_call_begins_before_its_input_is_there_or_is_overtaken(captured: bool,
         x.zero_()
         return found
 
-    with torch.cuda.stream(torch.cuda.Stream()):
-        graph = torch.cuda.CUDAGraph()
-        if captured:
-            with torch.cuda.graph(graph):
-                found = calls()
-        for _ in range(10):
-            if captured:
-                graph.replay()
-            else:
-                found = calls()
-            torch.cuda.synchronize()
-            for results, number in zip(found, (0, 1, 2, 2), strict=True):
-                for a, e in zip(results, expected[number], strict=True):
-                    assert_same_tensor(f"call {number}", a, e)
+    for found in repeated(calls, captured):
+        for results, number in zip(found, (0, 1, 2, 2), strict=True):
+            for a, e in zip(results, expected[number], strict=True):
+                assert_same_tensor(f"call {number}", a, e)
 
 
 def test_a_call_waits_for_the_gpu() -> None:
