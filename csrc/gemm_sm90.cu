@@ -282,16 +282,15 @@ __device__ __forceinline__ void write_rows(const Gemm& g, const Strip& strip, co
     Value* const out = static_cast<Value*>(g.out) + strip.output + lane % kPieces * 8;
     // `store` makes two words of what 8 tokens' sums stand for, `finish` four matrices of the words of a chunk.
     const auto write_chunks = [&](auto store, auto finish) {
+      static_assert(kTokens % kChunk == 0);
 #pragma unroll
       for (int first = 0; first < kTokens; first += kChunk) {
         if (first >= count) break;
-        uint32_t words[kChunk / 4] = {}, matrices[4];  // a step of 8 tokens may be missing
+        uint32_t words[kChunk / 4], matrices[4];
 #pragma unroll
         for (int i = 0; i < kChunk / 8; ++i) {
-          const int token = first + i * 8;
-          if (token >= kTokens) break;
           float y[4];
-          finished(token, y);
+          finished(first + i * 8, y);
           store(y, words[2 * i], words[2 * i + 1]);
         }
         finish(words, matrices);
