@@ -8,7 +8,6 @@ if (($# == 0)); then
   .venv/bin/python -m ruff check .
   .venv/bin/python -m ruff format --check .
   .venv/bin/python -m mypy
-  # What takes longest first, or it would keep one core waiting for the other.
-  set -- --numprocesses=2 --dist=loadfile --no-loadscope-reorder tests/test_vllm.py tests
+  set -- --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 fi
 exec .venv/bin/python -m pytest "$@"
