@@ -88,8 +88,8 @@ __global__ void __launch_bounds__(kRouteThreads) sort_slots(const Route r) {
 template <class Value>
 __global__ void __launch_bounds__(kCopyThreads) gather_rows(const Gather g) {
   const int row = blockIdx.x;
-  let_kernel_after_start();
   wait_for_kernel_before();
+  let_kernel_after_start();  // not before: the product reads the blocks as it begins
   if (row >= g.in_use[1]) return;
   constexpr int kEach = 8;
   const int64_t token = g.token_of_row[row];

@@ -89,19 +89,21 @@ struct Tile {
   }
 };
 
-// What rings are filled for, in turn. Some of the last tile may lie beyond the weight's rows.
+// What rings are filled for, in turn. Some of the last tile may lie beyond the weight's rows. Experts' blocks are read past
+// the first-level cache: the kernel before may still run, which could have older ones there.
 template <class S, Columns columns>
 struct Tiles {
   int rows, count;
 
   __device__ __forceinline__ explicit Tiles(const Gemm& g) {
     rows = (g.row_tiles * kRowTile + S::kRows - 1) / S::kRows;
-    count = (g.blocks == nullptr ? g.block_limit : *g.blocks_in_use) * rows * (columns == Columns::sliced ? g.split : 1);
+    const int blocks = g.blocks == nullptr ? g.block_limit : __ldcg(g.blocks_in_use);
+    count = blocks * rows * (columns == Columns::sliced ? g.split : 1);
   }
 
   __device__ __forceinline__ Tile operator()(const Gemm& g, int index) const {
     if (g.blocks != nullptr) {
-      const int4 found = __ldg(reinterpret_cast<const int4*>(g.blocks) + index / rows);
+      const int4 found = __ldcg(reinterpret_cast<const int4*>(g.blocks) + index / rows);
       return {index % rows * S::kRows, 0, {found.x, found.y, found.z, 0}};
     }
     int part = columns == Columns::shared ? static_cast<int>(blockIdx.x) % g.split : 0;
@@ -245,11 +247,9 @@ struct Tokens {
 
 // A warp's rows of `count` tokens, from registers; through shared memory of its own where a row has 16 bits a number.
 template <int kTokens>
-__device__ __forceinline__ void write_rows(const Gemm& g, const Strip& strip, const Block& block,
+__device__ __forceinline__ void write_rows(const Gemm& g, const Strip& strip, const Tokens<kTokens>& tokens, int count,
                                            const float (&sums)[kTokens / 2], uint32_t staging, int lane) {
   if (!strip.inside) return;
-  const Tokens<kTokens> tokens(g, block, lane);
-  const int count = block.end - block.begin;
   const int column = lane % 4 * 2;
   // Of rows r and r + 8, two tokens each.
   const auto finished = [&](int token, float (&y)[4]) {
@@ -387,21 +387,19 @@ __device__ __forceinline__ void bring_weights(const Gemm& g, Ring<S> ring, Share
               g.block_scale + from * kScaleBytes + within * kGroupScales, pieces * kGroupScales, ring.full());
     ring.advance();
   };
+  // Weights may come before the kernel before this one has ended: it made neither them (tiles_sm90.cu) nor experts'
+  // blocks. (What made those had ended when that kernel let this one start.)
+  const Tiles<S, columns> tiles(g);
   int early = 0;  // steps of the first tile
-  if (g.blocks == nullptr) {
-    // Weights may come before the kernel before this one has ended: it is not the one that made them (tiles_sm90.cu).
-    const Tiles<S, columns> tiles(g);
-    if (own.first < tiles.count) {
-      const Tile tile = tiles(g, own.first);
-      const Steps steps = tile.steps(g);
+  if (own.first < tiles.count) {
+    const Tile tile = tiles(g, own.first);
+    const Steps steps = tile.steps(g);
 #pragma unroll 1
-      for (int i = 0; i < S::kStages && steps.first + early < steps.last; ++i, early += S::kSteps) {
-        copy(tile, steps.first + early);
-      }
+    for (int i = 0; i < S::kStages && steps.first + early < steps.last; ++i, early += S::kSteps) {
+      copy(tile, steps.first + early);
     }
   }
   wait_for_kernel_before();
-  const Tiles<S, columns> tiles(g);
   for (int index = own.first; index < tiles.count; index += own.apart) {
     const Tile tile = tiles(g, index);
     const Steps steps = tile.steps(g);
@@ -612,12 +610,22 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm(const __grid_constant__ M
     for (int index = own.first; index < Tiles<S, columns>(g).count; index += own.apart) {
       const Tile tile = Tiles<S, columns>(g)(g, index);
       float sums[kTokens / 2] = {};
-      multiply(tile, sums);
-      if constexpr (columns == Columns::sliced) {
-        write_sums<kTokens>(g, tile, sums, warp(), lane);
-      } else {
-        write_rows<kTokens>(g, Strip(g, tile, warp(), lane), tile.block, sums,
+      const auto write = [&](const Strip& strip, const Tokens<kTokens>& tokens) {
+        write_rows<kTokens>(g, strip, tokens, tile.block.end - tile.block.begin, sums,
                             ring.base + S::kStagingAt + warp() * kChunkBytes, lane);
+      };
+      if constexpr (columns == Columns::sliced) {
+        multiply(tile, sums);
+        write_sums<kTokens>(g, tile, sums, warp(), lane);
+      } else if constexpr (kOutput == Output::linear) {
+        multiply(tile, sums);
+        write(Strip(g, tile, warp(), lane), Tokens<kTokens>(g, tile.block, lane));
+      } else {
+        // Experts' tiles are many: their scales are asked for before the sums are made.
+        const Strip strip(g, tile, warp(), lane);
+        const Tokens<kTokens> tokens(g, tile.block, lane);
+        multiply(tile, sums);
+        write(strip, tokens);
       }
     }
   }
