@@ -43,6 +43,7 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.inputs import TokensPrompt
 from vllm.lora.request import LoRARequest
+from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
@@ -119,6 +120,7 @@ class Watch:
         def load_model(*arguments: Any, **named: Any) -> torch.nn.Module:
             if not self.weigh:
                 return original(*arguments, **named)
+            rotary_embedding._ROPE_DICT.clear()  # else a model has those of one before, whose memory is taken already
             on_gpu, before = torch.cuda.is_initialized(), taken()
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
