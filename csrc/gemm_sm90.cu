@@ -36,8 +36,6 @@ constexpr int kChunk = kOutput == Output::gated ? 32 : 16;
 constexpr int kChunkPitch = kOutput == Output::gated ? 16 : 48;  // bytes of a token, so that no bank is met twice
 constexpr int kChunkBytes = kChunk * kChunkPitch;
 
-constexpr bool kExperts = kOutput != Output::linear;
-
 // Who multiplies a tile's columns: one CTA all of them, a cluster together, or one CTA a slice.
 enum class Columns { whole, shared, sliced };
 
@@ -97,17 +95,15 @@ template <class S, Columns columns>
 struct Tiles {
   int rows, count;
 
-  Tiles() = default;
   __device__ __forceinline__ explicit Tiles(const Gemm& g) {
     rows = (g.row_tiles * kRowTile + S::kRows - 1) / S::kRows;
-    const int blocks = g.blocks == nullptr ? g.block_limit : kExperts ? __ldcg(g.blocks_in_use) : *g.blocks_in_use;
+    const int blocks = g.blocks == nullptr ? g.block_limit : __ldcg(g.blocks_in_use);
     count = blocks * rows * (columns == Columns::sliced ? g.split : 1);
   }
 
   __device__ __forceinline__ Tile operator()(const Gemm& g, int index) const {
     if (g.blocks != nullptr) {
-      const int4* from = reinterpret_cast<const int4*>(g.blocks) + index / rows;
-      const int4 found = kExperts ? __ldcg(from) : __ldg(from);
+      const int4 found = __ldcg(reinterpret_cast<const int4*>(g.blocks) + index / rows);
       return {index % rows * S::kRows, 0, {found.x, found.y, found.z, 0}};
     }
     int part = columns == Columns::shared ? static_cast<int>(blockIdx.x) % g.split : 0;
@@ -393,21 +389,17 @@ __device__ __forceinline__ void bring_weights(const Gemm& g, Ring<S> ring, Share
   };
   // Weights may come before the kernel before this one has ended: it made neither them (tiles_sm90.cu) nor experts'
   // blocks. (What made those had ended when that kernel let this one start.)
-  Tiles<S, columns> tiles;
+  const Tiles<S, columns> tiles(g);
   int early = 0;  // steps of the first tile
-  if (kExperts || g.blocks == nullptr) {
-    tiles = Tiles<S, columns>(g);
-    if (own.first < tiles.count) {
-      const Tile tile = tiles(g, own.first);
-      const Steps steps = tile.steps(g);
+  if (own.first < tiles.count) {
+    const Tile tile = tiles(g, own.first);
+    const Steps steps = tile.steps(g);
 #pragma unroll 1
-      for (int i = 0; i < S::kStages && steps.first + early < steps.last; ++i, early += S::kSteps) {
-        copy(tile, steps.first + early);
-      }
+    for (int i = 0; i < S::kStages && steps.first + early < steps.last; ++i, early += S::kSteps) {
+      copy(tile, steps.first + early);
     }
   }
   wait_for_kernel_before();
-  if (!kExperts) tiles = Tiles<S, columns>(g);  // kept, products of few tokens took 2 % longer
   for (int index = own.first; index < tiles.count; index += own.apart) {
     const Tile tile = tiles(g, index);
     const Steps steps = tile.steps(g);
@@ -625,7 +617,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm(const __grid_constant__ M
       if constexpr (columns == Columns::sliced) {
         multiply(tile, sums);
         write_sums<kTokens>(g, tile, sums, warp(), lane);
-      } else if constexpr (!kExperts) {
+      } else if constexpr (kOutput == Output::linear) {
         multiply(tile, sums);
         write(Strip(g, tile, warp(), lane), Tokens<kTokens>(g, tile.block, lane));
       } else {
