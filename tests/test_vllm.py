@@ -59,10 +59,10 @@ TOP = 100
 # Mean KL from BF16 over a third of this repository's license, the TOP most likely tokens known. Other batches, and
 # processors whose BF16 products round differently, move it by one or two percent.
 BANDS = {
-    "dense online": (0.263, 0.292),
+    "dense online": (0.266, 0.289),
     "dense online W4A4": (0.459, 0.507),
-    "moe online": (0.273, 0.303),
-    "moe stored W4A4": (0.450, 0.499),
+    "moe online": (0.276, 0.300),
+    "moe stored W4A4": (0.452, 0.497),
 }
 
 
@@ -132,7 +132,7 @@ def test_accuracy_regressed(smollm2: dict[str, Any], served: str) -> None:
 
 def test_the_bands_hold_plain_nvfp4_too(smollm2: dict[str, Any]) -> None:
     for scheme, served in (("w4a16", "dense online"), ("w4a4", "dense online W4A4")):
-        assert mean_kl(smollm2, f"dense plain {scheme}") > BANDS[served][1]
+        assert mean_kl(smollm2, f"dense plain {scheme}") > 1.02 * BANDS[served][1]
 
 
 def mean_kl(smollm2: dict[str, Any], name: str) -> float:
