@@ -18,7 +18,6 @@
 namespace fos::cuda {
 namespace {
 
-constexpr bool kExperts = kOutput != Output::linear;
 constexpr int kWarps = kFewWarps;
 constexpr int kFinishers = 2;
 constexpr int kThreads = (kWarps + 1 + kFinishers) * kWarp;

@@ -27,6 +27,7 @@ using namespace sm90;
 
 constexpr Dtype kDtype = Dtype::FOS_DTYPE;
 constexpr Output kOutput = Output::FOS_OUTPUT;
+constexpr bool kExperts = kOutput != Output::linear;  // rows of x lie in blocks by expert; else one weight has all rows
 static_assert(kDtype != Dtype::fp32);
 using Value = std::conditional_t<kDtype == Dtype::bf16, __nv_bfloat16, __half>;
 

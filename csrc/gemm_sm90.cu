@@ -97,12 +97,12 @@ struct Tiles {
 
   __device__ __forceinline__ explicit Tiles(const Gemm& g) {
     rows = (g.row_tiles * kRowTile + S::kRows - 1) / S::kRows;
-    const int blocks = g.blocks == nullptr ? g.block_limit : __ldcg(g.blocks_in_use);
+    const int blocks = kExperts ? __ldcg(g.blocks_in_use) : g.block_limit;
     count = blocks * rows * (columns == Columns::sliced ? g.split : 1);
   }
 
   __device__ __forceinline__ Tile operator()(const Gemm& g, int index) const {
-    if (g.blocks != nullptr) {
+    if constexpr (kExperts) {
       const int4 found = __ldcg(reinterpret_cast<const int4*>(g.blocks) + index / rows);
       return {index % rows * S::kRows, 0, {found.x, found.y, found.z, 0}};
     }
@@ -617,7 +617,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm(const __grid_constant__ M
       if constexpr (columns == Columns::sliced) {
         multiply(tile, sums);
         write_sums<kTokens>(g, tile, sums, warp(), lane);
-      } else if constexpr (kOutput == Output::linear) {
+      } else if constexpr (!kExperts) {
         multiply(tile, sums);
         write(Strip(g, tile, warp(), lane), Tokens<kTokens>(g, tile.block, lane));
       } else {
