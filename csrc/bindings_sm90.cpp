@@ -196,8 +196,9 @@ cuda::Route ids_of(Tensor& topk_ids, int64_t experts) {
   return r;
 }
 
-// (slot_of_row [P], token_of_row [P], blocks [.., 4], in_use [2]): slots by expert, in blocks of at most `tokens` rows.
-std::tuple<Tensor, Tensor, Tensor, Tensor> route(Tensor topk_ids, int64_t experts, int64_t tokens,
+// (slot_of_row [P], token_of_row [P], row_of_slot [M, top_k], blocks [.., 4], in_use [2]): slots by expert, in blocks of at
+// most `tokens` rows.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(Tensor topk_ids, int64_t experts, int64_t tokens,
                                                  bool beside_kernel_before) {
   STD_TORCH_CHECK(!beside_kernel_before || topk_ids.is_contiguous(), "topk_ids: needed contiguous, or a copy comes between");
   cuda::Route r = ids_of(topk_ids, experts);
@@ -207,34 +208,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route(Tensor topk_ids, int64_t expert
   const int64_t most = r.slots / r.tokens + (r.slots < experts ? r.slots : experts);
   Tensor slot_of_row = torch::stable::new_empty(topk_ids, {r.slots}, ScalarType::Int);
   Tensor token_of_row = torch::stable::new_empty(topk_ids, {r.slots}, ScalarType::Int);
+  Tensor row_of_slot = torch::stable::new_empty(topk_ids, {topk_ids.size(0), r.top_k}, ScalarType::Int);
   Tensor blocks = torch::stable::new_empty(topk_ids, {most, 4}, ScalarType::Int);
   Tensor in_use = torch::stable::new_empty(topk_ids, {2}, ScalarType::Int);
   r.slot_of_row = ints(slot_of_row);
   r.token_of_row = ints(token_of_row);
+  r.row_of_slot = ints(row_of_slot);
   r.blocks = reinterpret_cast<cuda::Block*>(blocks.data_ptr());
   r.in_use = ints(in_use);
   const torch::stable::accelerator::DeviceGuard guard(topk_ids.get_device_index());
   check_launch(cuda::route(r, current_stream(topk_ids)));
-  return {slot_of_row, token_of_row, blocks, in_use};
+  return {slot_of_row, token_of_row, row_of_slot, blocks, in_use};
 }
 
-Tensor gather(Tensor x, Tensor token_of_row, Tensor slot_of_row, Tensor in_use, OptionalTensor topk_weights) {
+// Rows of x [M, K] sorted by expert: [P, K], those of slots that count.
+Tensor gather(Tensor x, Tensor row_of_slot, OptionalTensor topk_weights) {
   x = readable(x);
   cuda::Gather g = {};
   g.x = x.data_ptr();
   g.dtype = dtype_of(x.scalar_type());
   STD_TORCH_CHECK(g.dtype != Dtype::fp32 && x.dim() == 2 && x.size(1) % kBlock == 0, "x: needed [M, K] in 16 bits");
-  g.token_of_row = ints(token_of_row);
-  g.slot_of_row = ints(slot_of_row);
-  g.in_use = ints(in_use);
-  g.rows = int_of(token_of_row.numel());
+  STD_TORCH_CHECK(row_of_slot.dim() == 2 && row_of_slot.size(0) == x.size(0), "row_of_slot: needed [", x.size(0), ", top_k]");
+  g.row_of_slot = ints(row_of_slot);
+  g.tokens = int_of(x.size(0));
+  g.top_k = int_of(row_of_slot.size(1));
   g.columns = int_of(x.size(1));
   if (topk_weights.has_value()) {
     check(*topk_weights, "topk_weights", ScalarType::Float, x);
     topk_weights = torch::stable::contiguous(*topk_weights);
     g.topk_weights = static_cast<const float*>(topk_weights->data_ptr());
   }
-  Tensor out = torch::stable::new_empty(x, {g.rows, g.columns}, x.scalar_type());
+  Tensor out = torch::stable::new_empty(x, {row_of_slot.numel(), g.columns}, x.scalar_type());
   g.out = out.data_ptr();
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   check_launch(cuda::gather(g, current_stream(x)));
@@ -302,9 +306,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fouroversix_cuda, m) {
       "linear(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, Tensor? token_scale, Tensor? bias, "
       "bool any_rows, int tokens, int split, int strips) -> Tensor");
   m.def(
-      "route(Tensor topk_ids, int experts, int tokens, bool beside_kernel_before) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "gather(Tensor x, Tensor token_of_row, Tensor slot_of_row, Tensor in_use, Tensor? topk_weights) -> Tensor");
+      "route(Tensor topk_ids, int experts, int tokens, bool beside_kernel_before) -> (Tensor, Tensor, Tensor, Tensor, "
+      "Tensor)");
+  m.def("gather(Tensor x, Tensor row_of_slot, Tensor? topk_weights) -> Tensor");
   m.def(
       "multiply_experts(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, Tensor? token_scale, "
       "Tensor? x_row, Tensor? token_of_row, Tensor? out_row, Tensor blocks, Tensor in_use, int outputs, bool gated, "

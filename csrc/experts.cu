@@ -11,7 +11,7 @@ using namespace sm90;
 constexpr int kRouteThreads = 1024;
 constexpr int kCopyThreads = 128;
 constexpr int kSumThreads = 128;
-constexpr int kAtOnce = 4;  // reads that are under way before the first is used
+constexpr int kAtOnce = 8;  // reads that are under way before the first is used
 
 // Past the first-level cache, which may hold older ids until the kernel before is waited for.
 __device__ __forceinline__ int expert_of(const Route& r, int slot) {
@@ -33,77 +33,103 @@ __device__ __forceinline__ int warp_sum_up_to(int value, int lane) {
 // counting takes as long as additions in one multiprocessor's shared memory do. Where a slot lies among those of its
 // expert depends on which thread came first; what is computed of it does not.
 __global__ void __launch_bounds__(kRouteThreads) sort_slots(const Route r) {
-  __shared__ int next[kMaxExperts], all[kMaxExperts], before[kMaxExperts];
-  const int thread = threadIdx.x, lane = thread % kWarp;
-  const int rank = blockIdx.x, ctas = gridDim.x, first_slot = rank * kRouteThreads + thread;
+  constexpr int kWarps = kRouteThreads / kWarp, kHeld = 4;  // slots that a thread reads at once
+  static_assert(kWarps == kWarp);                           // a lane for each
+  __shared__ int counts[kMaxExperts], next[kMaxExperts], rows_of_warp[kWarps], blocks_of_warp[kWarps];
+  const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp, rank = blockIdx.x, ctas = gridDim.x;
+  const auto sync = [&] { ctas == 1 ? __syncthreads() : cluster_sync(); };
+  int expert[kHeld];
+  bool read = false;
+  // Calls `use` with each of the thread's slots. If they are few, ids are read once.
+  const auto for_slots = [&](auto use) {
+    const int apart = ctas * kRouteThreads;
+    for (int first = rank * kRouteThreads + thread; first < r.slots; first += kHeld * apart) {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        if (!read && first + i * apart < r.slots) expert[i] = expert_of(r, first + i * apart);
+      }
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        if (first + i * apart < r.slots) use(first + i * apart, expert[i]);
+      }
+    }
+    read = r.slots <= kHeld * apart;
+  };
   let_kernel_after_start();
-  for (int e = thread; e < r.experts; e += kRouteThreads) next[e] = 0;
+  for (int e = thread; e < r.experts; e += kRouteThreads) counts[e] = 0;
   if (!r.beside_kernel_before) wait_for_kernel_before();
   __syncthreads();
-  for (int slot = first_slot; slot < r.slots; slot += ctas * kRouteThreads) {
-    const int expert = expert_of(r, slot);
-    if (expert >= 0) atomicAdd(&next[expert], 1);
-  }
-  cluster_sync();
-  for (int e = thread; e < r.experts; e += kRouteThreads) {
-    all[e] = before[e] = 0;
-    for (int other = 0; other < ctas; ++other) {
-      const int count = load_int_from_cta(in_cta(shared_address(&next[e]), other));
-      all[e] += count;
-      before[e] += other < rank ? count : 0;
+  for_slots([&](int, int of) {
+    if (of >= 0) atomicAdd(&counts[of], 1);
+  });
+  sync();
+  int rows = 0, blocks = 0;
+  for (int first = 0; first < r.experts; first += kRouteThreads) {
+    const int e = first + thread;
+    int own = 0, before = 0;  // rows: of all CTAs, of those before this one
+    for (int other = 0; e < r.experts && other < ctas; ++other) {
+      const int count = other == rank ? counts[e] : load_int_from_cta(in_cta(shared_address(&counts[e]), other));
+      own += count;
+      before += other < rank ? count : 0;
     }
-  }
-  cluster_sync();  // nobody changes what others still read
-  if (thread < kWarp) {
-    int rows = 0, blocks = 0;
-    for (int first = 0; first < r.experts; first += kWarp) {
-      const int expert = first + lane, own = expert < r.experts ? all[expert] : 0;
-      // Blocks of an expert are about as large as each other: for a block of few rows weights are unpacked, too.
-      const int own_blocks = (own + r.tokens - 1) / r.tokens, eights = 8 * own_blocks;
-      const int own_rows = own == 0 ? 0 : (own + eights - 1) / eights * 8;
-      const int rows_to = warp_sum_up_to(own, lane), blocks_to = warp_sum_up_to(own_blocks, lane);
-      const int begin = rows + rows_to - own, end = rows + rows_to;
-      for (int i = 0; rank == 0 && i < own_blocks; ++i) {
-        const int from = begin + i * own_rows;
-        r.blocks[blocks + blocks_to - own_blocks + i] = {expert, from, min(end, from + own_rows), 0};
-      }
-      if (expert < r.experts) next[expert] = begin + before[expert];
-      rows += __shfl_sync(~0u, rows_to, kWarp - 1);
-      blocks += __shfl_sync(~0u, blocks_to, kWarp - 1);
+    // Blocks of an expert are about as large as each other: for a block of few rows weights are unpacked, too.
+    const int own_blocks = (own + r.tokens - 1) / r.tokens, unit = min(r.tokens, kPartOfRows) * own_blocks;
+    const int own_rows = own == 0 ? 0 : (own + unit - 1) / unit * min(r.tokens, kPartOfRows);
+    const int rows_to = warp_sum_up_to(own, lane), blocks_to = warp_sum_up_to(own_blocks, lane);
+    if (lane == kWarp - 1) rows_of_warp[warp] = rows_to, blocks_of_warp[warp] = blocks_to;
+    __syncthreads();
+    const int rows_there = rows_of_warp[lane], blocks_there = blocks_of_warp[lane];
+    const int end = rows + rows_to + __reduce_add_sync(~0u, lane < warp ? rows_there : 0), begin = end - own;
+    const int block = blocks + blocks_to - own_blocks + __reduce_add_sync(~0u, lane < warp ? blocks_there : 0);
+    for (int i = 0; rank == 0 && i < own_blocks; ++i) {
+      const int from = begin + i * own_rows;
+      r.blocks[block + i] = {e, from, min(end, from + own_rows), 0};
     }
-    if (rank == 0 && lane == 0) r.in_use[0] = blocks, r.in_use[1] = rows;
+    if (e < r.experts) next[e] = begin + before;
+    rows += __reduce_add_sync(~0u, rows_there);
+    blocks += __reduce_add_sync(~0u, blocks_there);
+    __syncthreads();  // before the next experts' numbers come
   }
-  __syncthreads();
-  for (int slot = first_slot; slot < r.slots; slot += ctas * kRouteThreads) {
-    const int expert = expert_of(r, slot);
-    if (expert < 0) continue;
-    const int row = atomicAdd(&next[expert], 1);
+  if (rank == 0 && thread == 0) r.in_use[0] = blocks, r.in_use[1] = rows;
+  for_slots([&](int slot, int of) {
+    const int row = of < 0 ? -1 : atomicAdd(&next[of], 1);
+    r.row_of_slot[slot] = row;
+    if (row < 0) return;
     r.slot_of_row[row] = slot;
     r.token_of_row[row] = slot / r.top_k;
-  }
+  });
+  if (ctas > 1) cluster_sync();                         // nobody ends while others read its counts
   if (r.beside_kernel_before) wait_for_kernel_before();  // who waits for this one waits for both
 }
 
-// A CTA a row of the result: the row of its token, times the weight of its slot where weights are given.
+// 16 bytes of a token's row of x a thread, to the rows of all of its slots, or (z) of some: times their weights, where
+// weights are given.
 template <class Value>
 __global__ void __launch_bounds__(kCopyThreads) gather_rows(const Gather g) {
-  const int row = blockIdx.x;
+  constexpr int kEach = 8;
+  const int token = blockIdx.x, words = g.columns / kEach, word = blockIdx.y * kCopyThreads + threadIdx.x;
   wait_for_kernel_before();
   let_kernel_after_start();  // not before: the product reads the blocks as it begins
-  if (row >= g.in_use[1]) return;
-  constexpr int kEach = 8;
-  const int64_t token = g.token_of_row[row];
-  const uint4* from = reinterpret_cast<const uint4*>(g.x) + token * (g.columns / kEach);
-  uint4* to = reinterpret_cast<uint4*>(g.out) + static_cast<int64_t>(row) * (g.columns / kEach);
-  const float weight = g.topk_weights == nullptr ? 1.0f : g.topk_weights[g.slot_of_row[row]];
-  for (int i = threadIdx.x; i < g.columns / kEach; i += kCopyThreads) {
-    uint4 word = from[i];
-    if (g.topk_weights != nullptr) {
-      Value* values = reinterpret_cast<Value*>(&word);
+  if (word >= words) return;
+  const uint4 own = reinterpret_cast<const uint4*>(g.x)[static_cast<int64_t>(token) * words + word];
+  const int each = (g.top_k + gridDim.z - 1) / gridDim.z, end = min(g.top_k, (static_cast<int>(blockIdx.z) + 1) * each);
+  for (int first = blockIdx.z * each; first < end; first += kAtOnce) {
+    const int count = min(kAtOnce, end - first), slot = token * g.top_k + first;
+    int row[kAtOnce];
 #pragma unroll
-      for (int k = 0; k < kEach; ++k) round_to(widen(values[k]) * weight, values[k]);
+    for (int i = 0; i < kAtOnce; ++i) row[i] = g.row_of_slot[slot + min(i, count - 1)];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (i >= count || row[i] < 0) continue;
+      uint4 its = own;
+      if (g.topk_weights != nullptr) {
+        const float weight = g.topk_weights[slot + i];
+        Value* values = reinterpret_cast<Value*>(&its);
+#pragma unroll
+        for (int k = 0; k < kEach; ++k) round_to(widen(values[k]) * weight, values[k]);
+      }
+      reinterpret_cast<uint4*>(g.out)[static_cast<int64_t>(row[i]) * words + word] = its;
     }
-    to[i] = word;
   }
 }
 
@@ -155,8 +181,11 @@ cudaError_t route(const Route& r, cudaStream_t stream) {
 }
 
 cudaError_t gather(const Gather& g, cudaStream_t stream) {
-  if (g.rows == 0) return cudaSuccess;
-  const dim3 grid(static_cast<unsigned>(g.rows));
+  if (g.tokens == 0) return cudaSuccess;
+  constexpr int kCtas = 2048;  // that fill a chip
+  const int parts = (g.columns / 8 + kCopyThreads - 1) / kCopyThreads, spare = kCtas / g.tokens / parts;
+  const int of_slots = spare < 1 ? 1 : spare < g.top_k ? spare : g.top_k;
+  const dim3 grid(static_cast<unsigned>(g.tokens), static_cast<unsigned>(parts), static_cast<unsigned>(of_slots));
   const auto kernel = g.dtype == Dtype::bf16 ? gather_rows<__nv_bfloat16> : gather_rows<__half>;
   return launch_early(kernel, grid, 0, kCopyThreads, 0, stream, g);
 }

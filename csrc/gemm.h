@@ -76,6 +76,7 @@ struct Shuffle {
 cudaError_t shuffle(const Shuffle& s, bool back, cudaStream_t stream);
 
 constexpr int kMaxExperts = 4096;
+constexpr int kPartOfRows = 16;  // an expert's tiles multiply no finer parts of its rows (but for tiles of fewer)
 
 // Slots (token, k) sorted by expert, in blocks of at most `tokens` rows. Ids outside of 0..experts - 1 are left out.
 struct Route {
@@ -83,6 +84,7 @@ struct Route {
   bool wide_ids;
   int slots, top_k, experts, tokens;
   int32_t *slot_of_row, *token_of_row;  // [slots]
+  int32_t* row_of_slot;                 // [slots], -1 where it was left out
   Block* blocks;
   int32_t* in_use;  // blocks, rows
   // The kernel before wrote nothing that is read here, and began only after all that did had ended: both may run at once.
@@ -90,11 +92,11 @@ struct Route {
 };
 
 struct Gather {
-  const void* x;  // [.., columns], a multiple of 8
+  const void* x;  // [tokens, columns], a multiple of 8
   Dtype dtype;
-  const int32_t *token_of_row, *slot_of_row, *in_use;
-  const float* topk_weights;  // [slots], or null
-  int rows, columns;
+  const int32_t* row_of_slot;  // [tokens, top_k], -1: nowhere
+  const float* topk_weights;   // [tokens, top_k], or null
+  int tokens, top_k, columns;
   void* out;  // [rows, columns]
 };
 

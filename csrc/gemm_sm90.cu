@@ -53,10 +53,10 @@ struct Shape {
       (kThreads * kRegisters - kGroup * kProducerRegisters) / kConsumers / 8 * 8;
   static constexpr int kSteps = kTokens <= 64 ? 2 : 1;  // of a stage
   static_assert(kSteps == 1 || kGroups % 2 == 0, "steps of a stored tile come at once");
-  // Tiles of fewer tokens, where those are worth multiplications of their own. From half of the tokens down, the others
-  // are not copied either.
-  static constexpr int kHalf = kTokens / 2, kQuarter = kTokens >= 128 ? kTokens / 4 : kHalf;
-  static constexpr int kThreeQuarters = kTokens >= 128 ? kTokens * 3 / 4 : kTokens;
+  // Tiles of fewer tokens multiply parts of them, at least the least. From half of the tokens down, the others are not
+  // copied either.
+  static constexpr int kHalf = kTokens / 2, kLeast = kTokens >= 128 ? kTokens / 4 : kHalf;
+  static constexpr int kPart = kTokens < 128 ? kHalf : kExperts ? kPartOfRows : kTokens / 4;
   // A team's memory: its stages, then what its warps write, then two barriers for each stage. In a stage tokens come
   // first, as the swizzle wants them at a multiple of 1024 bytes; then codes and scales, of two groups after two others.
   static constexpr int kCodesAt = kSteps * kTokens * kRowOfBox;
@@ -260,17 +260,21 @@ __device__ __forceinline__ void write_rows(const Gemm& g, const Strip& strip, co
   if constexpr (kOutput == Output::fp32) {
     float* out = static_cast<float*>(g.out) + strip.output + lane / 4;
     keep(out);
+    constexpr int kAtOnce = 32;  // tokens whose shuffles wait for each other
 #pragma unroll
-    for (int token = 0; token < kTokens; token += 8) {
-      if (token >= count) break;
-      float y[4];
-      finished(token, y);
+    for (int first = 0; first < kTokens; first += kAtOnce) {
+      if (first >= count) break;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float* const to = tokens.row_of(out, token, column + i);
-        if (token + column + i >= count) continue;
-        to[0] = y[i];
-        to[8] = y[i + 2];
+      for (int token = first; token < first + kAtOnce; token += 8) {
+        float y[4];
+        finished(token, y);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float* const to = tokens.row_of(out, token, column + i);
+          if (token + column + i >= count) continue;
+          to[0] = y[i];
+          to[8] = y[i + 2];
+        }
       }
     }
   } else {
@@ -430,12 +434,10 @@ __device__ __forceinline__ void bring_tokens(const Gemm& g, const Maps& maps, Ri
   }
 }
 
-// How many tokens a tile multiplies: as few as its block has, in parts of the most.
+// How many parts of its tokens a tile multiplies: as few as its block has.
 template <class S>
 __device__ __forceinline__ uint32_t parts_of(const Block& block) {
-  const int count = block.end - block.begin;
-  if (count > S::kThreeQuarters || (S::kTokens == S::kThreeQuarters && count > S::kHalf)) return 4;
-  return count > S::kHalf ? 3 : count > S::kQuarter ? 2 : 1;
+  return max(S::kLeast / S::kPart, (block.end - block.begin + S::kPart - 1) / S::kPart);
 }
 
 // A warpgroup's sums of a tile by wgmma: 64 weight rows, all tokens of `parts`.
@@ -462,14 +464,22 @@ struct Multiply {
   __device__ __forceinline__ void multiply(Values& values, uint32_t tokens) {
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) settle(values[i]);
-    if (parts == 4) {
-      multiply_part<kTokens>(values, tokens);
-    } else if (S::kThreeQuarters < kTokens && parts == 3) {
-      multiply_part<S::kThreeQuarters>(values, tokens);
-    } else if (S::kHalf > S::kQuarter && parts == 2) {
-      multiply_part<S::kHalf>(values, tokens);
+    if (parts == S::kTokens / S::kPart) {
+      multiply_part<S::kTokens>(values, tokens);
     } else {
-      multiply_part<S::kQuarter>(values, tokens);
+      multiply_among<S::kLeast, S::kTokens - S::kPart>(values, tokens);
+    }
+  }
+  // It is found by halves.
+  template <int kFrom, int kTo>
+  __device__ __forceinline__ void multiply_among(const Values& values, uint32_t tokens) {
+    constexpr int kMiddle = kFrom + (kTo - kFrom) / S::kPart / 2 * S::kPart;
+    if constexpr (kFrom == kTo) {
+      multiply_part<kTo>(values, tokens);
+    } else if (parts > kMiddle / S::kPart) {
+      multiply_among<kMiddle + S::kPart, kTo>(values, tokens);
+    } else {
+      multiply_among<kFrom, kMiddle>(values, tokens);
     }
   }
   template <int kCount>

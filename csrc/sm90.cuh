@@ -234,35 +234,41 @@ __device__ __forceinline__ uint64_t swizzled_operand(uint32_t start) {
   return static_cast<uint64_t>(kStride | kSwizzle128) << 32 | start;
 }
 
-#define FOS_R4 "%0, %1, %2, %3"
-#define FOS_R8 FOS_R4 ", %4, %5, %6, %7"
-#define FOS_R16 FOS_R8 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define FOS_R24 FOS_R16 ", %16, %17, %18, %19, %20, %21, %22, %23"
-#define FOS_R32 FOS_R16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define FOS_R48                                                                                                       \
-  FOS_R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define FOS_R64                                                                                                       \
-  FOS_R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "    \
-          "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define FOS_R72 FOS_R64 ", %64, %65, %66, %67, %68, %69, %70, %71"
-#define FOS_R96                                                                                                       \
-  FOS_R64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, "    \
-          "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define FOS_R128                                                                                                      \
-  FOS_R64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, "    \
-          "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, "  \
-          "%104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, "    \
-          "%121, %122, %123, %124, %125, %126, %127"
+// The operands %0, %1, ... of so many sums, in text and in C++, eight more at a time.
+#define FOS_NEXT(a, b, c, d, e, f, g, h) ", %" #a ", %" #b ", %" #c ", %" #d ", %" #e ", %" #f ", %" #g ", %" #h
+#define FOS_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define FOS_R16 FOS_R8 FOS_NEXT(8, 9, 10, 11, 12, 13, 14, 15)
+#define FOS_R24 FOS_R16 FOS_NEXT(16, 17, 18, 19, 20, 21, 22, 23)
+#define FOS_R32 FOS_R24 FOS_NEXT(24, 25, 26, 27, 28, 29, 30, 31)
+#define FOS_R40 FOS_R32 FOS_NEXT(32, 33, 34, 35, 36, 37, 38, 39)
+#define FOS_R48 FOS_R40 FOS_NEXT(40, 41, 42, 43, 44, 45, 46, 47)
+#define FOS_R56 FOS_R48 FOS_NEXT(48, 49, 50, 51, 52, 53, 54, 55)
+#define FOS_R64 FOS_R56 FOS_NEXT(56, 57, 58, 59, 60, 61, 62, 63)
+#define FOS_R72 FOS_R64 FOS_NEXT(64, 65, 66, 67, 68, 69, 70, 71)
+#define FOS_R80 FOS_R72 FOS_NEXT(72, 73, 74, 75, 76, 77, 78, 79)
+#define FOS_R88 FOS_R80 FOS_NEXT(80, 81, 82, 83, 84, 85, 86, 87)
+#define FOS_R96 FOS_R88 FOS_NEXT(88, 89, 90, 91, 92, 93, 94, 95)
+#define FOS_R104 FOS_R96 FOS_NEXT(96, 97, 98, 99, 100, 101, 102, 103)
+#define FOS_R112 FOS_R104 FOS_NEXT(104, 105, 106, 107, 108, 109, 110, 111)
+#define FOS_R120 FOS_R112 FOS_NEXT(112, 113, 114, 115, 116, 117, 118, 119)
+#define FOS_R128 FOS_R120 FOS_NEXT(120, 121, 122, 123, 124, 125, 126, 127)
 #define FOS_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define FOS_D8(i) FOS_D4(i), FOS_D4(i + 4)
 #define FOS_D16(i) FOS_D8(i), FOS_D8(i + 8)
 #define FOS_D24(i) FOS_D16(i), FOS_D8(i + 16)
-#define FOS_D32(i) FOS_D16(i), FOS_D16(i + 16)
-#define FOS_D48(i) FOS_D32(i), FOS_D16(i + 32)
-#define FOS_D64(i) FOS_D32(i), FOS_D32(i + 32)
+#define FOS_D32(i) FOS_D24(i), FOS_D8(i + 24)
+#define FOS_D40(i) FOS_D32(i), FOS_D8(i + 32)
+#define FOS_D48(i) FOS_D40(i), FOS_D8(i + 40)
+#define FOS_D56(i) FOS_D48(i), FOS_D8(i + 48)
+#define FOS_D64(i) FOS_D56(i), FOS_D8(i + 56)
 #define FOS_D72(i) FOS_D64(i), FOS_D8(i + 64)
-#define FOS_D96(i) FOS_D64(i), FOS_D32(i + 64)
-#define FOS_D128(i) FOS_D64(i), FOS_D64(i + 64)
+#define FOS_D80(i) FOS_D72(i), FOS_D8(i + 72)
+#define FOS_D88(i) FOS_D80(i), FOS_D8(i + 80)
+#define FOS_D96(i) FOS_D88(i), FOS_D8(i + 88)
+#define FOS_D104(i) FOS_D96(i), FOS_D8(i + 96)
+#define FOS_D112(i) FOS_D104(i), FOS_D8(i + 104)
+#define FOS_D120(i) FOS_D112(i), FOS_D8(i + 112)
+#define FOS_D128(i) FOS_D120(i), FOS_D8(i + 120)
 
 template <class T, int N>
 struct Wgmma;
@@ -282,9 +288,13 @@ struct Wgmma;
   FOS_WGMMA(T, type, 32, 16, "%16", "%17", "%18", "%19", "%20")        \
   FOS_WGMMA(T, type, 48, 24, "%24", "%25", "%26", "%27", "%28")        \
   FOS_WGMMA(T, type, 64, 32, "%32", "%33", "%34", "%35", "%36")        \
+  FOS_WGMMA(T, type, 80, 40, "%40", "%41", "%42", "%43", "%44")        \
   FOS_WGMMA(T, type, 96, 48, "%48", "%49", "%50", "%51", "%52")        \
+  FOS_WGMMA(T, type, 112, 56, "%56", "%57", "%58", "%59", "%60")       \
   FOS_WGMMA(T, type, 128, 64, "%64", "%65", "%66", "%67", "%68")       \
   FOS_WGMMA(T, type, 144, 72, "%72", "%73", "%74", "%75", "%76")       \
+  FOS_WGMMA(T, type, 160, 80, "%80", "%81", "%82", "%83", "%84")       \
+  FOS_WGMMA(T, type, 176, 88, "%88", "%89", "%90", "%91", "%92")       \
   FOS_WGMMA(T, type, 192, 96, "%96", "%97", "%98", "%99", "%100")      \
   FOS_WGMMA(T, type, 256, 128, "%128", "%129", "%130", "%131", "%132")
 
@@ -294,24 +304,38 @@ FOS_WGMMA_OF(__half, "f16")
 #undef FOS_WGMMA_OF
 #undef FOS_WGMMA
 #undef FOS_D128
+#undef FOS_D120
+#undef FOS_D112
+#undef FOS_D104
 #undef FOS_D96
+#undef FOS_D88
+#undef FOS_D80
 #undef FOS_D72
 #undef FOS_D64
+#undef FOS_D56
 #undef FOS_D48
+#undef FOS_D40
 #undef FOS_D32
 #undef FOS_D24
 #undef FOS_D16
 #undef FOS_D8
 #undef FOS_D4
 #undef FOS_R128
+#undef FOS_R120
+#undef FOS_R112
+#undef FOS_R104
 #undef FOS_R96
+#undef FOS_R88
+#undef FOS_R80
 #undef FOS_R72
 #undef FOS_R64
+#undef FOS_R56
 #undef FOS_R48
+#undef FOS_R40
 #undef FOS_R32
 #undef FOS_R24
 #undef FOS_R16
 #undef FOS_R8
-#undef FOS_R4
+#undef FOS_NEXT
 
 }  // namespace fos::cuda::sm90

@@ -135,10 +135,10 @@ def test_the_pinned_silu_of_a_gate_is_another_number(tokens: int, dtype: torch.d
     held = ops.prepare_weight(NVFP4Tensor(packed, block_scale, torch.ones(1, device="cuda")), dtype, gated=True)
     kernels = torch.ops.fouroversix_cuda
     ids = torch.zeros(len(gate), 1, device="cuda", dtype=torch.int32)
-    slot_of_row, token_of_row, blocks, in_use = kernels.route(ids, 1, tokens, False)
+    slot_of_row, token_of_row, row_of_slot, blocks, in_use = kernels.route(ids, 1, tokens, False)
     few = tokens == 8
     inner = kernels.multiply_experts(
-        x if few else kernels.gather(x, token_of_row, slot_of_row, in_use, None),
+        x if few else kernels.gather(x, row_of_slot, None),
         held.weight, held.block_scale, held.decode_scale, None, token_of_row if few else None, token_of_row, None,
         blocks, in_use, 16, True, hopper._PINNED_SILU, tokens,
     )  # fmt: skip

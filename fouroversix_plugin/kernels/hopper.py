@@ -127,13 +127,9 @@ def moe(
     token_scale = None
     if beside := activations is not None and not on_input:
         x, token_scale = native.quantize_values(x, activations, input_amax, False)
-    slot_of_row, token_of_row, blocks, in_use = kernels.route(topk_ids, experts, tokens, beside)
+    slot_of_row, token_of_row, row_of_slot, blocks, in_use = kernels.route(topk_ids, experts, tokens, beside)
     x_row = token_of_row if tokens <= _FEW_ROWS and not on_input else None
-    rows = (
-        x
-        if x_row is not None
-        else kernels.gather(x, token_of_row, slot_of_row, in_use, topk_weights if on_input else None)
-    )
+    rows = x if x_row is not None else kernels.gather(x, row_of_slot, topk_weights if on_input else None)
     scale_of: Tensor | None = token_of_row
     if activations is not None and on_input:
         rows, token_scale = native.quantize_values(rows, activations, input_amax, False)
