@@ -196,10 +196,10 @@ cuda::Route ids_of(Tensor& topk_ids, int64_t experts) {
   return r;
 }
 
-// (slot_of_row [P], token_of_row [P], row_of_slot [M, top_k], blocks [.., 4], in_use [2]): slots by expert, in blocks of at
-// most `tokens` rows.
+// (row_of_slot [M, top_k], slot_of_row [P], token_of_row [P], blocks [.., 4], in_use [2]): slots by expert, in blocks of at
+// most `tokens` rows. Where rows are to be gathered, that says whose they are.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(Tensor topk_ids, int64_t experts, int64_t tokens,
-                                                 bool beside_kernel_before) {
+                                                         bool beside_kernel_before, bool gathered) {
   STD_TORCH_CHECK(!beside_kernel_before || topk_ids.is_contiguous(), "topk_ids: needed contiguous, or a copy comes between");
   cuda::Route r = ids_of(topk_ids, experts);
   r.beside_kernel_before = beside_kernel_before;
@@ -211,18 +211,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(Tensor topk_ids, int64_
   Tensor row_of_slot = torch::stable::new_empty(topk_ids, {topk_ids.size(0), r.top_k}, ScalarType::Int);
   Tensor blocks = torch::stable::new_empty(topk_ids, {most, 4}, ScalarType::Int);
   Tensor in_use = torch::stable::new_empty(topk_ids, {2}, ScalarType::Int);
-  r.slot_of_row = ints(slot_of_row);
-  r.token_of_row = ints(token_of_row);
   r.row_of_slot = ints(row_of_slot);
+  if (!gathered) r.slot_of_row = ints(slot_of_row), r.token_of_row = ints(token_of_row);
   r.blocks = reinterpret_cast<cuda::Block*>(blocks.data_ptr());
   r.in_use = ints(in_use);
   const torch::stable::accelerator::DeviceGuard guard(topk_ids.get_device_index());
   check_launch(cuda::route(r, current_stream(topk_ids)));
-  return {slot_of_row, token_of_row, row_of_slot, blocks, in_use};
+  return {row_of_slot, slot_of_row, token_of_row, blocks, in_use};
 }
 
-// Rows of x [M, K] sorted by expert: [P, K], those of slots that count.
-Tensor gather(Tensor x, Tensor row_of_slot, OptionalTensor topk_weights) {
+// Rows of x [M, K] sorted by expert: [P, K], those of slots that count; and whose they are.
+Tensor gather(Tensor x, Tensor row_of_slot, Tensor slot_of_row, Tensor token_of_row, OptionalTensor topk_weights) {
   x = readable(x);
   cuda::Gather g = {};
   g.x = x.data_ptr();
@@ -230,6 +229,8 @@ Tensor gather(Tensor x, Tensor row_of_slot, OptionalTensor topk_weights) {
   STD_TORCH_CHECK(g.dtype != Dtype::fp32 && x.dim() == 2 && x.size(1) % kBlock == 0, "x: needed [M, K] in 16 bits");
   STD_TORCH_CHECK(row_of_slot.dim() == 2 && row_of_slot.size(0) == x.size(0), "row_of_slot: needed [", x.size(0), ", top_k]");
   g.row_of_slot = ints(row_of_slot);
+  g.slot_of_row = ints(slot_of_row);
+  g.token_of_row = ints(token_of_row);
   g.tokens = int_of(x.size(0));
   g.top_k = int_of(row_of_slot.size(1));
   g.columns = int_of(x.size(1));
@@ -306,9 +307,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fouroversix_cuda, m) {
       "linear(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, Tensor? token_scale, Tensor? bias, "
       "bool any_rows, int tokens, int split, int strips) -> Tensor");
   m.def(
-      "route(Tensor topk_ids, int experts, int tokens, bool beside_kernel_before) -> (Tensor, Tensor, Tensor, Tensor, "
-      "Tensor)");
-  m.def("gather(Tensor x, Tensor row_of_slot, Tensor? topk_weights) -> Tensor");
+      "route(Tensor topk_ids, int experts, int tokens, bool beside_kernel_before, bool gathered) -> (Tensor, Tensor, "
+      "Tensor, Tensor, Tensor)");
+  m.def(
+      "gather(Tensor x, Tensor row_of_slot, Tensor(a!) slot_of_row, Tensor(b!) token_of_row, Tensor? topk_weights) -> "
+      "Tensor");
   m.def(
       "multiply_experts(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, Tensor? token_scale, "
       "Tensor? x_row, Tensor? token_of_row, Tensor? out_row, Tensor blocks, Tensor in_use, int outputs, bool gated, "

@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kRouteThreads) sort_slots(const Route r) {
   for_slots([&](int slot, int of) {
     const int row = of < 0 ? -1 : atomicAdd(&next[of], 1);
     r.row_of_slot[slot] = row;
-    if (row < 0) return;
+    if (row < 0 || r.slot_of_row == nullptr) return;
     r.slot_of_row[row] = slot;
     r.token_of_row[row] = slot / r.top_k;
   });
@@ -103,17 +103,21 @@ __global__ void __launch_bounds__(kRouteThreads) sort_slots(const Route r) {
 }
 
 // 16 bytes of a token's row of x a thread, to the rows of all of its slots, or (z) of some: times their weights, where
-// weights are given.
+// weights are given. And whose rows those are: so many places are faster written by all multiprocessors.
 template <class Value>
 __global__ void __launch_bounds__(kCopyThreads) gather_rows(const Gather g) {
   constexpr int kEach = 8;
   const int token = blockIdx.x, words = g.columns / kEach, word = blockIdx.y * kCopyThreads + threadIdx.x;
   wait_for_kernel_before();
   let_kernel_after_start();  // not before: the product reads the blocks as it begins
+  const int each = (g.top_k + gridDim.z - 1) / gridDim.z, begin = blockIdx.z * each, end = min(g.top_k, begin + each);
+  for (int k = begin + threadIdx.x; blockIdx.y == 0 && k < end; k += kCopyThreads) {
+    const int slot = token * g.top_k + k, row = g.row_of_slot[slot];
+    if (row >= 0) g.slot_of_row[row] = slot, g.token_of_row[row] = token;
+  }
   if (word >= words) return;
   const uint4 own = reinterpret_cast<const uint4*>(g.x)[static_cast<int64_t>(token) * words + word];
-  const int each = (g.top_k + gridDim.z - 1) / gridDim.z, end = min(g.top_k, (static_cast<int>(blockIdx.z) + 1) * each);
-  for (int first = blockIdx.z * each; first < end; first += kAtOnce) {
+  for (int first = begin; first < end; first += kAtOnce) {
     const int count = min(kAtOnce, end - first), slot = token * g.top_k + first;
     int row[kAtOnce];
 #pragma unroll

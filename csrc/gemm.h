@@ -83,8 +83,8 @@ struct Route {
   const void* topk_ids;  // [slots], int32 or (wide_ids) int64
   bool wide_ids;
   int slots, top_k, experts, tokens;
-  int32_t *slot_of_row, *token_of_row;  // [slots]
   int32_t* row_of_slot;                 // [slots], -1 where it was left out
+  int32_t *slot_of_row, *token_of_row;  // [slots], or null: gather() writes them
   Block* blocks;
   int32_t* in_use;  // blocks, rows
   // The kernel before wrote nothing that is read here, and began only after all that did had ended: both may run at once.
@@ -95,6 +95,7 @@ struct Gather {
   const void* x;  // [tokens, columns], a multiple of 8
   Dtype dtype;
   const int32_t* row_of_slot;  // [tokens, top_k], -1: nowhere
+  int32_t *slot_of_row, *token_of_row;  // as Route has them
   const float* topk_weights;   // [tokens, top_k], or null
   int tokens, top_k, columns;
   void* out;  // [rows, columns]

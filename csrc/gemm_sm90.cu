@@ -53,10 +53,9 @@ struct Shape {
       (kThreads * kRegisters - kGroup * kProducerRegisters) / kConsumers / 8 * 8;
   static constexpr int kSteps = kTokens <= 64 ? 2 : 1;  // of a stage
   static_assert(kSteps == 1 || kGroups % 2 == 0, "steps of a stored tile come at once");
-  // Tiles of fewer tokens multiply parts of them, at least the least. From half of the tokens down, the others are not
-  // copied either.
+  // Tiles of fewer tokens multiply parts of them, at least the least, and copy parts of them.
   static constexpr int kHalf = kTokens / 2, kLeast = kTokens >= 128 ? kTokens / 4 : kHalf;
-  static constexpr int kPart = kTokens < 128 ? kHalf : kExperts ? kPartOfRows : kTokens / 4;
+  static constexpr int kPart = kExperts ? kPartOfRows : kLeast, kCopy = kExperts ? kPartOfRows : kHalf;
   // A team's memory: its stages, then what its warps write, then two barriers for each stage. In a stage tokens come
   // first, as the swizzle wants them at a multiple of 1024 bytes; then codes and scales, of two groups after two others.
   static constexpr int kCodesAt = kSteps * kTokens * kRowOfBox;
@@ -355,15 +354,16 @@ struct Ring {
   }
 };
 
-// x as boxes of all tokens of a tile, or of half of them.
+// x as boxes of one part of a tile's tokens, of two, and so on.
+template <class S>
 struct Maps {
-  CUtensorMap of[2];
+  CUtensorMap of[S::kTokens / S::kCopy];
 };
 
 // Tokens of a tile that are copied, at least those of its block.
 template <class S>
 __device__ __forceinline__ int copied(const Block& block) {
-  return block.end - block.begin > S::kHalf ? S::kTokens : S::kHalf;
+  return max(S::kLeast, (block.end - block.begin + S::kCopy - 1) / S::kCopy * S::kCopy);
 }
 
 // What a ring is filled for: the `first`, and those `apart`.
@@ -419,17 +419,17 @@ __device__ __forceinline__ void bring_weights(const Gemm& g, Ring<S> ring, Share
 
 // And one all rows of x.
 template <class S, Columns columns>
-__device__ __forceinline__ void bring_tokens(const Gemm& g, const Maps& maps, Ring<S> ring, Share own) {
+__device__ __forceinline__ void bring_tokens(const Gemm& g, const Maps<S>& maps, Ring<S> ring, Share own) {
   wait_for_kernel_before();
   const Tiles<S, columns> tiles(g);
   for (int index = own.first; index < tiles.count; index += own.apart) {
     const Tile tile = tiles(g, index);
     const Steps steps = tile.steps(g);
-    const int rows = copied<S>(tile.block), half = rows < S::kTokens;
+    const int rows = copied<S>(tile.block);
 #pragma unroll 1
     for (int step = steps.first; step < steps.last; step += S::kSteps, ring.advance()) {
       wait_long(ring.empty(), ring.parity ^ 1);
-      copy_steps(g, maps.of[half], ring.at, tile.block.begin, rows, step, S::kSteps, ring.full());
+      copy_steps(g, maps.of[rows / S::kCopy - 1], ring.at, tile.block.begin, rows, step, S::kSteps, ring.full());
     }
   }
 }
@@ -548,7 +548,7 @@ struct Multiply {
 };
 
 template <class S, Columns columns>
-__global__ void __launch_bounds__(S::kThreads, 1) gemm(const __grid_constant__ Maps maps, const Gemm g) {
+__global__ void __launch_bounds__(S::kThreads, 1) gemm(const __grid_constant__ Maps<S> maps, const Gemm g) {
   constexpr int kTokens = S::kTokens;
   extern __shared__ __align__(1024) uint8_t memory[];
   const int warp_of_all = uniform(threadIdx.x / kWarp), lane = threadIdx.x % kWarp;
@@ -646,10 +646,9 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm(const __grid_constant__ M
 template <class S, Columns columns>
 cudaError_t launch(const Gemm& g, cudaStream_t stream) {
   if (const cudaError_t error = allow_shared_memory<gemm<S, columns>>(S::kBytes)) return error;
-  Maps maps;
-  for (int half = 0; half < 2; ++half) {
-    const int rows = half ? S::kHalf : S::kTokens;
-    if (!map_of(g, rows, S::kSteps, &maps.of[half])) return cudaErrorInvalidValue;
+  Maps<S> maps;
+  for (int rows = S::kCopy; rows <= S::kTokens; rows += S::kCopy) {
+    if (!map_of(g, rows, S::kSteps, &maps.of[rows / S::kCopy - 1])) return cudaErrorInvalidValue;
   }
   constexpr bool kShared = columns == Columns::shared;
   const int64_t tiles = g.block_limit * ceil_div(static_cast<int64_t>(g.row_tiles) * kRowTile, S::kRows) *

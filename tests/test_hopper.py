@@ -120,6 +120,36 @@ def test_rows_are_sorted_by_ids_that_are_not_there_yet(rows: int, captured: bool
             assert_same_tensor(f"call {number}", a, e)
 
 
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("experts", [1, 40, 128, 1500, 4096])
+# One thread block, a cluster that reads ids once, one that reads them twice.
+@pytest.mark.parametrize("tokens", [1, 300, 9000])
+def test_a_slot_is_lost_or_lies_among_those_of_another_expert(tokens: int, experts: int, gathered: bool) -> None:
+    top_k, most = 8, 64
+    g = generator("cuda", "sorted", tokens, experts)
+    ids = torch.randint(-1, experts + 1, (tokens, top_k), generator=g, device="cuda", dtype=torch.int32)
+    kernels = torch.ops.fouroversix_cuda
+    row_of_slot, slot_of_row, token_of_row, blocks, in_use = kernels.route(ids, experts, most, False, gathered)
+    x = torch.randn(tokens, 48, generator=g, device="cuda", dtype=torch.bfloat16)
+    rows_of_x = kernels.gather(x, row_of_slot, slot_of_row, token_of_row, None) if gathered else None
+    block_count, count = in_use.tolist()
+    counts = (ids >= 0) & (ids < experts)
+    assert count == int(counts.sum())
+    slots, rows = slot_of_row[:count].long(), torch.arange(count, device="cuda")
+    assert torch.equal(slots.sort().values, counts.flatten().nonzero().flatten())
+    assert torch.equal(token_of_row[:count], (slots // top_k).int())
+    assert torch.equal(row_of_slot.flatten()[slots], rows.int())
+    assert bool((row_of_slot[~counts] == -1).all())
+    expert, begin, end = blocks[:block_count, :3].long().unbind(1)
+    assert torch.equal(torch.repeat_interleave(expert, end - begin), ids.flatten()[slots].long())
+    assert torch.equal(torch.cat([begin, end[-1:]]), torch.cat([rows[:1], end])) if count else block_count == 0
+    assert bool(((begin < end) & (end - begin <= most)).all())
+    needed = -(-torch.bincount(ids[counts].long(), minlength=experts) // most)
+    assert torch.equal(torch.bincount(expert, minlength=experts), needed)
+    if rows_of_x is not None:
+        assert torch.equal(rows_of_x[:count], x[slots // top_k])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("tokens", [8, 64])
 def test_the_pinned_silu_of_a_gate_is_another_number(tokens: int, dtype: torch.dtype) -> None:
@@ -135,10 +165,10 @@ def test_the_pinned_silu_of_a_gate_is_another_number(tokens: int, dtype: torch.d
     held = ops.prepare_weight(NVFP4Tensor(packed, block_scale, torch.ones(1, device="cuda")), dtype, gated=True)
     kernels = torch.ops.fouroversix_cuda
     ids = torch.zeros(len(gate), 1, device="cuda", dtype=torch.int32)
-    slot_of_row, token_of_row, row_of_slot, blocks, in_use = kernels.route(ids, 1, tokens, False)
     few = tokens == 8
+    row_of_slot, slot_of_row, token_of_row, blocks, in_use = kernels.route(ids, 1, tokens, False, not few)
     inner = kernels.multiply_experts(
-        x if few else kernels.gather(x, row_of_slot, None),
+        x if few else kernels.gather(x, row_of_slot, slot_of_row, token_of_row, None),
         held.weight, held.block_scale, held.decode_scale, None, token_of_row if few else None, token_of_row, None,
         blocks, in_use, 16, True, hopper._PINNED_SILU, tokens,
     )  # fmt: skip

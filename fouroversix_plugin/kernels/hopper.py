@@ -6,6 +6,7 @@ kernels, as e2m1 * block_scale is exact in either. Nothing waits for the GPU, an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final, get_args
@@ -22,7 +23,7 @@ DTYPES: Final = (torch.bfloat16, torch.float16)
 _ACTIVATIONS: Final = get_args(Activation)
 _PINNED_SILU: Final = len(_ACTIVATIONS)
 """SiLU to the bit of the specification's, where codes follow."""
-_TILE_ROWS: Final = (8, 32, 64, 128)
+_TILE_ROWS: Final = (32, 64, 128)
 _LARGE_TILE_ROWS: Final = 192
 _FEW_ROWS: Final = 8
 """Tiles of as many rows are the kernel's for few rows, which finds them anywhere in x."""
@@ -127,9 +128,12 @@ def moe(
     token_scale = None
     if beside := activations is not None and not on_input:
         x, token_scale = native.quantize_values(x, activations, input_amax, False)
-    slot_of_row, token_of_row, row_of_slot, blocks, in_use = kernels.route(topk_ids, experts, tokens, beside)
-    x_row = token_of_row if tokens <= _FEW_ROWS and not on_input else None
-    rows = x if x_row is not None else kernels.gather(x, row_of_slot, topk_weights if on_input else None)
+    gathers = tokens > _FEW_ROWS or on_input
+    row_of_slot, slot_of_row, token_of_row, blocks, in_use = kernels.route(topk_ids, experts, tokens, beside, gathers)
+    rows, x_row = x, token_of_row
+    if gathers:
+        weights_of_x = topk_weights if on_input else None
+        rows, x_row = kernels.gather(x, row_of_slot, slot_of_row, token_of_row, weights_of_x), None
     scale_of: Tensor | None = token_of_row
     if activations is not None and on_input:
         rows, token_scale = native.quantize_values(rows, activations, input_amax, False)
@@ -156,8 +160,11 @@ def _rows_of_a_tile(slots: int, experts: int, *columns: int) -> int:
     # The kernel for few rows shares out a sum as suits their number, and holds whole pairs of steps or one piece of x.
     few = not _batch_invariant and all(k % 128 == 0 or k <= 2048 for k in columns)
     rows = slots / experts
+    if few and 1.5 * rows <= _FEW_ROWS:
+        return _FEW_ROWS
     # With about 128 rows an expert, half of the experts would need a second tile for a few.
     if 112 <= rows <= 160:
         return _LARGE_TILE_ROWS
-    fitting = (tile for tile in _TILE_ROWS if tile >= 1.5 * rows and (few or tile > _FEW_ROWS))
-    return next(fitting, _TILE_ROWS[-1])
+    # What nearly all experts have, if tokens choose them at random.
+    most = rows + 2.3 * math.sqrt(rows)
+    return next((tile for tile in _TILE_ROWS if tile >= most), _TILE_ROWS[-1])
