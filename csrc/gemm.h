@@ -76,7 +76,7 @@ struct Shuffle {
 cudaError_t shuffle(const Shuffle& s, bool back, cudaStream_t stream);
 
 constexpr int kMaxExperts = 4096;
-constexpr int kPartOfRows = 16;  // an expert's tiles multiply no finer parts of its rows (but for tiles of fewer)
+constexpr int kPartOfRows = 16;  // an expert's rows are multiplied in such parts, where tiles have as many
 
 // Slots (token, k) sorted by expert, in blocks of at most `tokens` rows. Ids outside of 0..experts - 1 are left out.
 struct Route {
@@ -94,9 +94,9 @@ struct Route {
 struct Gather {
   const void* x;  // [tokens, columns], a multiple of 8
   Dtype dtype;
-  const int32_t* row_of_slot;  // [tokens, top_k], -1: nowhere
+  const int32_t* row_of_slot;           // [tokens, top_k], -1: nowhere
   int32_t *slot_of_row, *token_of_row;  // as Route has them
-  const float* topk_weights;   // [tokens, top_k], or null
+  const float* topk_weights;            // [tokens, top_k], or null
   int tokens, top_k, columns;
   void* out;  // [rows, columns]
 };

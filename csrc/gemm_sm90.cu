@@ -53,7 +53,7 @@ struct Shape {
       (kThreads * kRegisters - kGroup * kProducerRegisters) / kConsumers / 8 * 8;
   static constexpr int kSteps = kTokens <= 64 ? 2 : 1;  // of a stage
   static_assert(kSteps == 1 || kGroups % 2 == 0, "steps of a stored tile come at once");
-  // Tiles of fewer tokens multiply parts of them, at least the least, and copy parts of them.
+  // Of a block with fewer tokens than a tile can have, some parts are multiplied, and some copied: at least the least.
   static constexpr int kHalf = kTokens / 2, kLeast = kTokens >= 128 ? kTokens / 4 : kHalf;
   static constexpr int kPart = kExperts ? kPartOfRows : kLeast, kCopy = kExperts ? kPartOfRows : kHalf;
   // A team's memory: its stages, then what its warps write, then two barriers for each stage. In a stage tokens come
@@ -259,7 +259,7 @@ __device__ __forceinline__ void write_rows(const Gemm& g, const Strip& strip, co
   if constexpr (kOutput == Output::fp32) {
     float* out = static_cast<float*>(g.out) + strip.output + lane / 4;
     keep(out);
-    constexpr int kAtOnce = 32;  // tokens whose shuffles wait for each other
+    constexpr int kAtOnce = 32;  // tokens whose numbers are on their way together
 #pragma unroll
     for (int first = 0; first < kTokens; first += kAtOnce) {
       if (first >= count) break;
