@@ -20,7 +20,7 @@ import pytest
 import torch
 from conftest import ROOT, Left
 from divergence_scores import Document
-from engine_process import end_group
+from engine_process import end_group, plugin_environment
 from safetensors.torch import load_file, save_file
 from server_client import Client
 from server_process import serving
@@ -201,9 +201,10 @@ def run_engine(
     request, out, log = (folder / name for name in ("request.json", "results.json", "worker.log"))
     request.write_text(json.dumps({"prompts": prompts, "documents": documents, "jobs": jobs}))
     command = [sys.executable, str(ROOT / "tests" / "vllm_worker.py"), str(request), str(out)]
+    environment = os.environ | plugin_environment(folder) | environment
     with log.open("wb") as said:
         worker = subprocess.Popen(
-            command, stdout=said, stderr=subprocess.STDOUT, env=os.environ | environment, start_new_session=True
+            command, stdout=said, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
     try:
         ended = f"status {worker.wait(limit)}"

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, Left, assert_close, calc_diff
+from engine_process import plugin_environment
 from engines import (
     KINDS,
     LENGTH,
@@ -231,8 +232,10 @@ def chat(config: str, model: Path, log: Path, left: Left) -> dict[str, Any]:
     """What a server with a file of configs/serve says."""
     file = ROOT / "configs" / "serve" / f"{config}.yaml"
     share = [f"--{name.replace('_', '-')}={value}" for name, value in SHARE.items()]
+    environment = [f"{name}={value}" for name, value in plugin_environment(log.parent).items()]
     # `vllm serve`, wherever its script was installed.
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--config", str(file), *share]
+    serve = ["env", *environment, sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
+    command = [*serve, str(model), "--config", str(file), *share]
     return chat_once(shlex.join(command), str(model), log, left)
 
 
