@@ -246,19 +246,18 @@ Tensor gather(Tensor x, Tensor row_of_slot, Tensor slot_of_row, Tensor token_of_
   return out;
 }
 
-// Either product of P rows sorted by expert, row i of x or row x_row[i]. With `in_place`, which has a recipe, an amax and
-// where token scales go, the results are quantized.
+// Either product of P rows sorted by expert, row i of x or row x_row[i].
 Tensor run_experts(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, OptionalTensor token_scale,
                    const OptionalTensor& x_row, const OptionalTensor& token_of_row, const OptionalTensor& out_row,
                    const Tensor& blocks, const Tensor& in_use, int64_t outputs, cuda::Output output, int64_t activation,
-                   int64_t tokens, const Quantize* in_place) {
+                   int64_t tokens) {
   cuda::Gemm g = describe(x, codes, block_scale, decode_scale, token_scale, outputs, output);
   const bool gated = output == cuda::Output::gated;
   g.activation = cuda::Activation(activation);
   if (x_row.has_value()) g.x_row = ints(*x_row);
   if (token_of_row.has_value()) g.token_of = ints(*token_of_row);
   if (out_row.has_value()) g.out_row = ints(*out_row);
-  g.blocks = reinterpret_cast<cuda::Block*>(blocks.data_ptr());
+  g.blocks = reinterpret_cast<const cuda::Block*>(blocks.data_ptr());
   g.blocks_in_use = ints(in_use);
   g.block_limit = int_of(blocks.size(0));
   g.tokens = int_of(tokens);
@@ -270,13 +269,6 @@ Tensor run_experts(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_sca
   const int64_t rows = x_row.has_value() ? x_row->numel() : x.size(0);
   Tensor out = torch::stable::new_empty(x, {rows, outputs}, gated ? x.scalar_type() : ScalarType::Float);
   g.out = out.data_ptr();
-  if (in_place != nullptr) {
-    STD_TORCH_CHECK(!few && tokens <= cuda::kMostQuantized, "tokens: got ", tokens, ", needed more than ",
-                    cuda::kFewExpertRows, " and at most ", cuda::kMostQuantized);
-    g.in_place = *in_place;
-    g.in_place.x = g.in_place.values = g.out;
-    g.in_place.columns = outputs;
-  }
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   g.multiprocessors = chip().multiprocessors;
   const int64_t weight_rows = gated ? 2 * outputs : outputs;
@@ -291,36 +283,14 @@ Tensor multiply_gated(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_
                       OptionalTensor x_row, OptionalTensor token_of_row, Tensor blocks, Tensor in_use, int64_t outputs,
                       int64_t activation, int64_t tokens) {
   return run_experts(x, codes, block_scale, decode_scale, token_scale, x_row, token_of_row, std::nullopt, blocks, in_use,
-                     outputs, cuda::Output::gated, activation, tokens, nullptr);
-}
-
-// The same quantized per token, as quantize_values has it: e2m1 * block_scale and the token scales. `blocks` are used up.
-std::tuple<Tensor, Tensor> multiply_gated_quantized(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale,
-                                                    OptionalTensor token_scale, OptionalTensor x_row,
-                                                    OptionalTensor token_of_row, Tensor blocks, Tensor in_use,
-                                                    int64_t outputs, int64_t activation, int64_t tokens,
-                                                    OptionalTensor amax, int64_t metric, int64_t domain, bool adaptive,
-                                                    double encoded_amax) {
-  Quantize q = {};
-  q.recipe = {Metric(metric), Domain(domain), adaptive, static_cast<float>(encoded_amax)};
-  if (amax.has_value()) {
-    check(*amax, "amax", ScalarType::Float, x);
-    STD_TORCH_CHECK(amax->numel() == 1, "amax: got ", amax->numel(), " numbers, needed one for all rows");
-    q.amax = floats(amax);
-    q.amax_is_shared = true;
-  }
-  Tensor scales = torch::stable::new_empty(x, {x_row.has_value() ? x_row->numel() : x.size(0)}, ScalarType::Float);
-  q.decode_scale = static_cast<float*>(scales.data_ptr());
-  Tensor values = run_experts(x, codes, block_scale, decode_scale, token_scale, x_row, token_of_row, std::nullopt, blocks,
-                              in_use, outputs, cuda::Output::gated, activation, tokens, &q);
-  return {values, scales};
+                     outputs, cuda::Output::gated, activation, tokens);
 }
 
 // Row i in out_row[i] of fp32 [P, N].
 Tensor multiply_experts(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, OptionalTensor token_scale,
                         Tensor out_row, Tensor blocks, Tensor in_use, int64_t outputs, int64_t tokens) {
   return run_experts(x, codes, block_scale, decode_scale, token_scale, std::nullopt, std::nullopt, out_row, blocks,
-                     in_use, outputs, cuda::Output::fp32, 0, tokens, nullptr);
+                     in_use, outputs, cuda::Output::fp32, 0, tokens);
 }
 
 Tensor combine(Tensor slots, OptionalTensor topk_weights, Tensor topk_ids, int64_t experts, ScalarType dtype) {
@@ -364,10 +334,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fouroversix_cuda, m) {
       "Tensor? x_row, Tensor? token_of_row, Tensor blocks, Tensor in_use, int outputs, int activation, int tokens) -> "
       "Tensor");
   m.def(
-      "multiply_gated_quantized(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, Tensor? token_scale, "
-      "Tensor? x_row, Tensor? token_of_row, Tensor(a!) blocks, Tensor in_use, int outputs, int activation, int tokens, "
-      "Tensor? amax, int metric, int domain, bool adaptive, float encoded_amax) -> (Tensor, Tensor)");
-  m.def(
       "multiply_experts(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, Tensor? token_scale, "
       "Tensor out_row, Tensor blocks, Tensor in_use, int outputs, int tokens) -> Tensor");
   m.def("combine(Tensor slots, Tensor? topk_weights, Tensor topk_ids, int experts, ScalarType dtype) -> Tensor");
@@ -380,7 +346,6 @@ STABLE_TORCH_LIBRARY_IMPL(fouroversix_cuda, CUDA, m) {
   m.impl("route", TORCH_BOX(&fos::route));
   m.impl("gather", TORCH_BOX(&fos::gather));
   m.impl("multiply_gated", TORCH_BOX(&fos::multiply_gated));
-  m.impl("multiply_gated_quantized", TORCH_BOX(&fos::multiply_gated_quantized));
   m.impl("multiply_experts", TORCH_BOX(&fos::multiply_experts));
   m.impl("combine", TORCH_BOX(&fos::combine));
 }

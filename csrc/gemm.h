@@ -22,8 +22,7 @@ enum class Output : int { linear = 0, gated = 1, fp32 = 2 };
 
 // Rows of x that one expert multiplies.
 struct Block {
-  int32_t expert, begin, end;
-  int32_t complete;  // tiles of the first product that have been written, where its results are quantized in place
+  int32_t expert, begin, end, unused;
 };
 
 // Powers of two as arguments, so that no compiler knows them to be such: a multiplication by one is a shift on another
@@ -50,11 +49,9 @@ struct Gemm {
   Dtype bias_dtype;
   void* out;                 // [.., outputs]
   const int32_t* out_row;    // row of x -> row of out; null: the row itself
-  Block* blocks;             // of experts, each of at most `tokens` rows; null: one weight for all rows
+  const Block* blocks;       // of experts, each of at most `tokens` rows; null: one weight for all rows
   const int32_t* blocks_in_use;  // on the device
   int block_limit;           // blocks there is room for
-  // Of gated products in tiles of 32 to kMostQuantized tokens: how `out` is quantized in place; values null: it is not.
-  Quantize in_place;
   Powers powers;
   // How it is launched.
   int tokens;  // rows of x in a tile: 32, 64 or 128; 192 of experts, 256 of one weight; 8, or 16 of one weight, are few
@@ -77,8 +74,6 @@ struct Shuffle {
 };
 
 cudaError_t shuffle(const Shuffle& s, bool back, cudaStream_t stream);
-
-constexpr int kMostQuantized = 64;
 
 constexpr int kMaxExperts = 4096;
 constexpr int kPartOfRows = 16;  // an expert's rows are multiplied in such parts, where tiles have as many

@@ -341,9 +341,6 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm(const __grid_constant__ M
         const Tile tile = {index % Tiles<S, columns>(g).rows * S::kRows, 0, note.block()};
         multiply(tile, sums);
         write_rows<kTokens>(g, Noted<S>(g, tile, note, warp(), lane), sums, staging(), lane);
-        if constexpr (S::kQuantizes) {
-          if (g.in_place.values != nullptr) count_tile<S>(g, index);
-        }
         __syncwarp();
         if (speaks) arrive(turn.empty(ring));
         ++turn.tiles;
@@ -356,9 +353,6 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm(const __grid_constant__ M
           write_rows<kTokens>(g, Asked<kTokens>(g, tile, warp(), lane), sums, staging(), lane);
         }
       }
-    }
-    if constexpr (S::kQuantizes) {
-      if (g.in_place.values != nullptr) quantize_blocks<S>(g, own, warp(), lane);
     }
   }
 }

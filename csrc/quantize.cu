@@ -14,14 +14,19 @@
 namespace fos::cuda {
 namespace {
 
-using namespace quantizer;
-
 constexpr int kThreads = 128;     // of a CTA, unless a row has more
 constexpr int kMaxThreads = 512;  // of a CTA
 constexpr int kUnit = kWarp / 2;  // threads that have one row: groups are made of such
 constexpr int kDequantizeThreads = 256;
 
 // --- rows ---
+
+// The group of threads that a row belongs to.
+struct Group {
+  int threads;  // a multiple of kUnit; of the warp for Scope::expert
+  int lane;     // within the group
+  int slot;     // the group's number within the CTA
+};
 
 __device__ __forceinline__ Group group_of_thread(int threads) {
   const int slot = blockDim.x == threads ? 0 : static_cast<int>(threadIdx.x) / threads;
@@ -50,6 +55,29 @@ __device__ __forceinline__ Place find_expert(const Quantize& q, int64_t row) {
   }
   if (before == experts || q.offsets[before] > row) return {-1, q.layout == Layout::row_major ? row : -1};
   return {before, q.layout == Layout::row_major ? row : int64_t(start) * tile + row - q.offsets[before]};
+}
+
+// Largest magnitude, as bits, of the blocks of a row that this thread takes. With a stash, what was read is kept there.
+template <bool gated>
+__device__ __forceinline__ uint32_t own_largest(const Quantize& q, int64_t row, const Group& group, Raw* stash) {
+  const void* x = input_row<gated>(q, row);
+  const int blocks = static_cast<int>(q.columns / kBlock);
+  // Several loads on their way before the first is looked at: this pass waits for memory, not for arithmetic.
+  constexpr int kAhead = gated ? 1 : 128 / static_cast<int>(sizeof(Raw));
+  uint32_t found = 0;
+  for (int first = group.lane; first < blocks; first += kAhead * group.threads) {
+    Raw raw[kAhead];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      raw[j] = read<gated>(x, min(first + j * group.threads, blocks - 1), blocks);  // the last one again does no harm
+    }
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      if (gated && stash != nullptr) store(stash, first + j * group.threads, raw[j]);
+      found = larger_magnitudes(found, larger_magnitudes(raw[j]));
+    }
+  }
+  return largest_bits(found);
 }
 
 // Of the `threads` that lie beside each other: a warp, or kUnit.
@@ -87,10 +115,18 @@ struct Shape {
   unsigned stash;     // bytes of shared memory for a row of silu(gate) * up, or 0: then it is computed twice
 };
 
+// What a thread of the warp has.
+template <class T>
+__device__ __forceinline__ T of_thread(int lane, T own) {
+  if constexpr (std::is_pointer_v<T>) return reinterpret_cast<T>(of_thread(lane, reinterpret_cast<uintptr_t>(own)));
+  else return __shfl_sync(~0u, own, lane);
+}
+
 // One row a group, or a part of it. `amax` is q.amax, or what the pass before found.
 template <Metric metric, bool adaptive, bool gated, bool as_values>
 __global__ void __maxnreg__((registers<gated, as_values>()))
     quantize_rows(const __grid_constant__ Quantize q, const float* amax, const Shape shape) {
+  using Rounded = std::conditional_t<as_values, Numbers, Codes>;
   extern __shared__ uint4 stashes[];
   const Group group = group_of_thread(shape.group);
   const int64_t index = int64_t(blockIdx.x) * shape.groups + group.slot;
@@ -130,10 +166,37 @@ __global__ void __maxnreg__((registers<gated, as_values>()))
   if (!__any_sync(~0u, inside)) return;
 
   const int blocks = static_cast<int>(q.columns / kBlock);
+  const void* x = input_row<gated>(q, row);
   const Target to = target_of(q, row, place.scale_row, blocks, shape.scale_stride);
   const int part = (blocks + shape.parts - 1) / shape.parts, begin = static_cast<int>(blockIdx.y) * part;
   const int end = inside ? min(blocks, begin + part) : 0;
-  quantize_part<metric, adaptive, gated, as_values>(q, row, shared, stash, to, begin, end, part, group);
+  // Whole warps, for settle.
+  for (int first = 0; first < part; first += group.threads) {
+    const int block = begin + first + group.lane;
+    bool open = false;
+    if (block < end) {
+      Raw raw = gated && stash != nullptr ? load(stash, block) : read<gated>(x, block, blocks);
+      Chosen<Rounded> chosen;
+      open = !choose<metric, adaptive>(shared, raw, chosen);
+      if (!open) write(to, block, chosen, raw);
+    }
+    for (uint32_t left = __ballot_sync(~0u, open); left != 0; left &= left - 1) {
+      const int lane = __ffs(left) - 1;
+      Row its = shared;
+      its.amax = of_thread(lane, shared.amax);
+      its.encode = of_thread(lane, shared.encode);
+      its.decode = of_thread(lane, shared.decode);
+      Target its_target = to;
+      if constexpr (as_values) {
+        its_target.values = of_thread(lane, to.values);
+      } else {
+        its_target.packed = of_thread(lane, to.packed);
+        its_target.scales = of_thread(lane, to.scales);
+      }
+      settle<metric, adaptive, gated, as_values>(q, its, of_thread(lane, x), gated ? of_thread(lane, stash) : nullptr,
+                                                 of_thread(lane, block), its_target);
+    }
+  }
 }
 
 // The largest magnitude of the tensor, or of each expert's rows, into zeroed memory.

@@ -19,7 +19,6 @@
 #include <cuda_fp8.h>
 
 #include <cstring>
-#include <type_traits>
 
 #include "cuda.h"
 #include "sm90.cuh"
@@ -40,10 +39,8 @@
 #define FOS_NATIVE_E2M1 1
 #endif
 
-// A namespace of its own: products include this, too, and have other functions by such names.
 namespace fos::cuda {
 namespace {
-namespace quantizer {
 
 constexpr Dtype kDtype = Dtype::FOS_DTYPE;
 constexpr int kWarp = 32;
@@ -312,24 +309,6 @@ struct Numbers {
   }
 };
 
-// The same in half as many registers, as pairs of bf16, for the price of packing and unpacking them.
-struct Pairs {
-  uint32_t part[kBlock / 2];
-
-  __device__ __forceinline__ void set(int half, const float* r) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      part[4 * half + i] = pair_bits<uint32_t>(__floats2bfloat162_rn(r[2 * i], r[2 * i + 1]));
-    }
-  }
-};
-
-__device__ __forceinline__ float number_of(const Numbers& rounded, int i) { return rounded.part[i]; }
-__device__ __forceinline__ float number_of(const Pairs& rounded, int i) {
-  const uint32_t both = rounded.part[i / 2];
-  return bits<float>(i % 2 == 0 ? both << 16 : both & 0xFFFF0000u);
-}
-
 // One of two.
 template <class Rounded>
 __device__ __forceinline__ Rounded select(bool first, const Rounded& a, const Rounded& b) {
@@ -478,12 +457,11 @@ __device__ __forceinline__ const void* input_row(const Quantize& q, int64_t row)
 // --- writing ---
 
 // e2m1 * block_scale, exact in every type.
-template <class Rounded>
-__device__ __forceinline__ Raw values_of(const Chosen<Rounded>& chosen, const Raw& raw) {
+__device__ __forceinline__ Raw values_of(const Chosen<Numbers>& chosen, const Raw& raw) {
   float value[kBlock];
   const float scale = chosen.scale.value * (1.0f / kOne);
 #pragma unroll
-  for (int i = 0; i < kBlock; ++i) value[i] = number_of(chosen.rounded, i) * scale;
+  for (int i = 0; i < kBlock; ++i) value[i] = chosen.rounded.part[i] * scale;
   Raw out = pack(value);
 #pragma unroll
   for (int i = 0; i < Raw::kWords; ++i) out.word[i] |= raw.word[i] & kSigns;
@@ -531,8 +509,7 @@ __device__ __forceinline__ void write(const Target& to, int block, const Chosen<
   write_scale(to, block, chosen.scale.byte);
 }
 
-template <class Rounded>
-__device__ __forceinline__ void write(const Target& to, int block, const Chosen<Rounded>& chosen, const Raw& raw) {
+__device__ __forceinline__ void write(const Target& to, int block, const Chosen<Numbers>& chosen, const Raw& raw) {
   store(to.values, block, values_of(chosen, raw));
 }
 
@@ -579,81 +556,5 @@ __device__ __forceinline__ void settle(const Quantize& q, const Row& row, const 
   }
 }
 
-// --- rows ---
-
-// The group of threads that a row belongs to.
-struct Group {
-  int threads;  // a multiple of kUnit; of the warp for Scope::expert
-  int lane;     // within the group
-  int slot;     // the group's number within the CTA
-};
-
-// Largest magnitude, as bits, of the blocks of a row that this thread takes. With a stash, what was read is kept there.
-template <bool gated>
-__device__ __forceinline__ uint32_t own_largest(const Quantize& q, int64_t row, const Group& group, Raw* stash) {
-  const void* x = input_row<gated>(q, row);
-  const int blocks = static_cast<int>(q.columns / kBlock);
-  // Several loads on their way before the first is looked at: this pass waits for memory, not for arithmetic.
-  constexpr int kAhead = gated ? 1 : 128 / static_cast<int>(sizeof(Raw));
-  uint32_t found = 0;
-  for (int first = group.lane; first < blocks; first += kAhead * group.threads) {
-    Raw raw[kAhead];
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      raw[j] = read<gated>(x, min(first + j * group.threads, blocks - 1), blocks);  // the last one again does no harm
-    }
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      if (gated && stash != nullptr) store(stash, first + j * group.threads, raw[j]);
-      found = larger_magnitudes(found, larger_magnitudes(raw[j]));
-    }
-  }
-  return largest_bits(found);
-}
-
-// What a thread of the warp has.
-template <class T>
-__device__ __forceinline__ T of_thread(int lane, T own) {
-  if constexpr (std::is_pointer_v<T>) return reinterpret_cast<T>(of_thread(lane, reinterpret_cast<uintptr_t>(own)));
-  else return __shfl_sync(~0u, own, lane);
-}
-
-// Blocks `begin` to `end` of a row, by its group, of whole warps for settle: `part` is how many blocks other groups of the
-// warp may have.
-template <Metric metric, bool adaptive, bool gated, bool as_values,
-          class Rounded = std::conditional_t<as_values, Numbers, Codes>>
-__device__ __forceinline__ void quantize_part(const Quantize& q, int64_t row, const Row& shared, const Raw* stash,
-                                              const Target& to, int begin, int end, int part, const Group& group) {
-  const int blocks = static_cast<int>(q.columns / kBlock);
-  const void* x = input_row<gated>(q, row);
-  for (int first = 0; first < part; first += group.threads) {
-    const int block = begin + first + group.lane;
-    bool open = false;
-    if (block < end) {
-      Raw raw = gated && stash != nullptr ? load(stash, block) : read<gated>(x, block, blocks);
-      Chosen<Rounded> chosen;
-      open = !choose<metric, adaptive>(shared, raw, chosen);
-      if (!open) write(to, block, chosen, raw);
-    }
-    for (uint32_t left = __ballot_sync(~0u, open); left != 0; left &= left - 1) {
-      const int lane = __ffs(left) - 1;
-      Row its = shared;
-      its.amax = of_thread(lane, shared.amax);
-      its.encode = of_thread(lane, shared.encode);
-      its.decode = of_thread(lane, shared.decode);
-      Target its_target = to;
-      if constexpr (as_values) {
-        its_target.values = of_thread(lane, to.values);
-      } else {
-        its_target.packed = of_thread(lane, to.packed);
-        its_target.scales = of_thread(lane, to.scales);
-      }
-      settle<metric, adaptive, gated, as_values>(q, its, of_thread(lane, x), gated ? of_thread(lane, stash) : nullptr,
-                                                 of_thread(lane, block), its_target);
-    }
-  }
-}
-
-}  // namespace quantizer
 }  // namespace
 }  // namespace fos::cuda

@@ -8,8 +8,6 @@
 namespace fos::cuda {
 namespace {
 
-using namespace quantizer;
-
 constexpr int kMaxRowWarps = 32;  // of all CTAs of a cluster: a lane reads what each found
 constexpr int kMaxCluster = 8;    // CTAs that every chip with clusters takes
 

@@ -1,7 +1,6 @@
 // What gemm_sm90.cu makes of the sums of a tile, and where it writes that.
 #pragma once
 
-#include "quantize_rows_sm90.cuh"
 #include "shape_sm90.cuh"
 
 namespace fos::cuda {
@@ -233,36 +232,6 @@ __device__ __forceinline__ void write_rows(const Gemm& g, const Known& tile, con
 #pragma unroll
             for (int i = 0; i < 4; ++i) matrices[i] = words[i];
           });
-    }
-  }
-}
-
-// --- results that are quantized in place ---
-
-// The team has written a tile. Who writes the last that a block of rows lacked says so: tiles are counted from 1 on, and
-// its own is left below 0.
-template <class S>
-__device__ __forceinline__ void count_tile(const Gemm& g, int index) {
-  named_barrier(1 + static_cast<int>(threadIdx.x) / S::kTeam, S::kTeam);
-  if (threadIdx.x % S::kTeam != 0) return;
-  const int tiles = Tiles<S, Columns::whole>(g).rows;
-  int32_t& complete = g.blocks[index / tiles].complete;
-  __threadfence();
-  if (atomicAdd(&complete, 1) == tiles - 1) complete = -1 - index;
-}
-
-// And quantizes that block, when it has no more tiles: among those there would be no registers for it.
-template <class S>
-__device__ __forceinline__ void quantize_blocks(const Gemm& g, Share own, int warp, int lane) {
-  const Tiles<S, Columns::whole> tiles(g);
-  if (threadIdx.x % S::kTeam == 0) __threadfence();  // what others have written is read from here on
-  named_barrier(1 + static_cast<int>(threadIdx.x) / S::kTeam, S::kTeam);
-  for (int first = own.first; first < tiles.count; first += kWarp * own.apart) {
-    const int index = first + lane * own.apart;
-    const bool last = index < tiles.count && __ldcg(&g.blocks[index / tiles.rows].complete) == -1 - index;
-    for (uint32_t left = __ballot_sync(~0u, last); left != 0; left &= left - 1) {
-      const Block& block = g.blocks[(first + (__ffs(left) - 1) * own.apart) / tiles.rows];
-      quantize_in_place(g.in_place, block.begin + warp, block.end, S::kWarps, lane);
     }
   }
 }

@@ -36,7 +36,6 @@ struct Shape {
   static constexpr int kConsumerRegisters =
       (kThreads * kRegisters - kGroup * kProducerRegisters) / kConsumers / 8 * 8;
   static constexpr int kSteps = kTokens <= 64 ? 2 : 1;  // of a stage
-  static constexpr bool kQuantizes = kOutput == Output::gated && kTokens <= kMostQuantized;  // in place, where asked to
   static_assert(kSteps == 1 || kGroups % 2 == 0, "steps of a stored tile come at once");
   // Of a block with fewer tokens than a tile can have, some parts are multiplied, and some copied: at least the least.
   static constexpr int kHalf = kTokens / 2, kLeast = kTokens >= 128 ? kTokens / 4 : kHalf;

@@ -23,7 +23,7 @@ from products import (
 from torch import Tensor
 
 from fouroversix_plugin import reference
-from fouroversix_plugin.kernels import build, hopper, native, ops
+from fouroversix_plugin.kernels import build, hopper, ops
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
 from fouroversix_plugin.recipe import Recipe
 
@@ -148,37 +148,6 @@ def test_a_slot_is_lost_or_lies_among_those_of_another_expert(tokens: int, exper
     assert torch.equal(torch.bincount(expert, minlength=experts), needed)
     if rows_of_x is not None:
         assert torch.equal(rows_of_x[:count], x[slots // top_k])
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("tokens", [32, 64])
-# (E, top_k, H, I): fewer tiles than multiprocessors, more, blocks of a row for more than a warp.
-@pytest.mark.parametrize("shape", [(3, 2, 256, 48), (128, 8, 512, 768), (8, 2, 128, 2320)], ids=str)
-def test_rows_quantized_by_the_product_are_others_than_by_the_quantizer(
-    shape: tuple[int, int, int, int], tokens: int, dtype: torch.dtype
-) -> None:
-    E, top_k, H, inner = shape
-    g = generator("cuda", "in place", shape, tokens, dtype)
-    held, _ = ops.prepare_experts(*random_experts(E, H, inner, g), dtype)
-    kernels = torch.ops.fouroversix_cuda
-    amax = torch.tensor(3.0, device="cuda")
-    recipes = [Recipe(), Recipe("mae", 448), Recipe("abs_max"), Recipe("mse", 448, adaptive=False)]
-    for rows, recipe, given in itertools.product((1, 20, 700), recipes, (None, amax)):
-        x = random_x(rows, H, dtype, g)
-        x[rows // 2] = 0
-        _, ids = routing(rows, E, top_k, g)
-        ids[rows // 3, 0] = -1
-        row_of_slot, slot_of_row, token_of_row, blocks, in_use = kernels.route(ids, E, tokens, False, True)
-        first = (
-            kernels.gather(x, row_of_slot, slot_of_row, token_of_row, None),
-            held.weight, held.block_scale, held.decode_scale, None, None, None,
-            blocks, in_use, inner, hopper._PINNED_SILU, tokens,
-        )  # fmt: skip
-        expected = native.quantize_values(kernels.multiply_gated(*first), recipe, given, False)
-        found = kernels.multiply_gated_quantized(*first, given, *native.taken_apart(recipe))
-        count = int(in_use[1])
-        for name, a, e in zip(("values", "scales"), found, expected, strict=True):
-            assert_same_tensor(f"{name} of {rows} rows, {recipe}, amax {given is not None}", a[:count], e[:count])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

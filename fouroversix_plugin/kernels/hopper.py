@@ -25,8 +25,6 @@ _PINNED_SILU: Final = len(_ACTIVATIONS)
 """SiLU to the bit of the specification's, where codes follow."""
 _TILE_ROWS: Final = (32, 64, 128)
 _LARGE_TILE_ROWS: Final = 192
-_QUANTIZED_TILES: Final = (32, 64)
-"""Blocks of as few rows are quantized by whoever completes them: with more, the matrix units would wait for that."""
 _FEW_ROWS: Final = 8
 """Tiles of as many rows are the kernel's for few rows, which finds them anywhere in x."""
 
@@ -142,16 +140,11 @@ def moe(
         scale_of = None
     pinned = activations is not None and activation == "silu"
     gating = _PINNED_SILU if pinned else _ACTIVATIONS.index(activation)
-    first = (
+    inner = kernels.multiply_gated(
         rows, w13, w13_block_scale, w13_decode_scale, token_scale, x_row, scale_of, blocks, in_use, half, gating, tokens
-    )  # fmt: skip
+    )
     inner_scale = None
-    if activations is None:
-        inner = kernels.multiply_gated(*first)
-    elif tokens in _QUANTIZED_TILES:
-        inner, inner_scale = kernels.multiply_gated_quantized(*first, inner_amax, *native.taken_apart(activations))
-    else:
-        inner = kernels.multiply_gated(*first)
+    if activations is not None:
         inner, inner_scale = native.quantize_values(inner, activations, inner_amax, False)
     products = kernels.multiply_experts(
         inner, w2, w2_block_scale, w2_decode_scale, inner_scale, slot_of_row, blocks, in_use, hidden, tokens

@@ -36,7 +36,7 @@ def quantize(
     """
     scope = _SCOPES.index(granularity if expert_offsets is None else "expert")
     out: tuple[Tensor, Tensor, Tensor] = _of(x).quantize(
-        x, amax, expert_offsets, gated, scope, *taken_apart(recipe), _LAYOUTS.index(layout)
+        x, amax, expert_offsets, gated, scope, *_taken_apart(recipe), _LAYOUTS.index(layout)
     )
     return out
 
@@ -44,7 +44,7 @@ def quantize(
 def quantize_values(x: Tensor, recipe: Recipe, amax: Tensor | None, gated: bool) -> tuple[Tensor, Tensor]:
     """e2m1 * block_scale [M, K] in the dtype of x, and token_scale [M]; ``amax`` None, [] for all rows, or [M]."""
     out: tuple[Tensor, Tensor] = _of(x).quantize_values(
-        x, amax, None, gated, _SCOPES.index("token"), *taken_apart(recipe)
+        x, amax, None, gated, _SCOPES.index("token"), *_taken_apart(recipe)
     )
     return out
 
@@ -96,6 +96,6 @@ def _of(tensor: Tensor) -> Any:
     return torch.ops.fouroversix_cpu if tensor.device.type == "cpu" else torch.ops.fouroversix_cuda
 
 
-def taken_apart(recipe: Recipe) -> tuple[int, int, bool, float]:
+def _taken_apart(recipe: Recipe) -> tuple[int, int, bool, float]:
     """As csrc/nvfp4.cuh numbers them."""
     return _METRICS.index(recipe.metric), _DOMAINS.index(recipe.error), recipe.adaptive, recipe.encoded_amax
