@@ -48,6 +48,7 @@ from bench_gemm_report import (
     verdict_table,
     verdicts,
 )
+from ending import Signals
 from torch import Tensor
 
 import fouroversix_plugin as fos
@@ -261,6 +262,9 @@ def run_workers(command: Sequence[str], path: Path, limit: float) -> str | None:
             except subprocess.TimeoutExpired:
                 process.kill()
                 status = None
+            except SystemExit:  # a signal, which reached this process alone
+                process.kill()
+                raise
         if status == 0:
             return None
         why = f"the time limit of {limit:g} s ended it" if status is None else f"its process ended with status {status}"
@@ -350,13 +354,17 @@ def main() -> None:
         raise SystemExit("bench_gemm: no CUDA device")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "records.jsonl"
-        started = time.monotonic()
-        stopped = run_workers([sys.executable, *sys.argv, "--worker", str(path)], path, options.seconds)
+        started, signals = time.monotonic(), Signals()
+        try:
+            stopped = run_workers([sys.executable, *sys.argv, "--worker", str(path)], path, options.seconds)
+        except SystemExit:  # what was measured until then is shown
+            stopped = f"signal {signals.first} ended it"
         records = read_records(path)
     machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {time.monotonic() - started:.0f} s"
     report(options, records, machine)
     if stopped:
-        raise SystemExit(f"not all was measured: {stopped}")
+        print(f"not all was measured: {stopped}", file=sys.stderr)
+        sys.exit(128 + signals.first if signals.first else 1)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ from bench_serve_report import (
     verdict_table,
     verdicts,
 )
+from ending import Signals
 from engine_process import end_group, errors, plugin_environment, why_failed
 
 PROMPT_TOKENS = 16
@@ -103,11 +104,18 @@ def engine_arguments(options: argparse.Namespace, configuration: str, folder: Pa
 
 
 def run_configuration(
-    options: argparse.Namespace, configuration: str, folder: Path, command: Sequence[str], deadline: float
-) -> list[dict[str, Any]]:
-    """Its records: also those of a process that failed or was ended at ``deadline`` (of time.monotonic)."""
+    options: argparse.Namespace,
+    configuration: str,
+    folder: Path,
+    command: Sequence[str],
+    deadline: float,
+    records: list[dict[str, Any]],
+) -> None:
+    """Append its records: also those of a process that failed, or was ended at ``deadline`` (of time.monotonic) or by
+    an exception.
+    """
     engine, logs = ENGINES[options.engine], options.logs or folder
-    records, log, job_file = (folder / f"{configuration}.{kind}" for kind in ("jsonl", "log", "job"))
+    measured, log, job_file = (folder / f"{configuration}.{kind}" for kind in ("jsonl", "log", "job"))
     log = logs / log.name
     job = {
         "configuration": configuration,
@@ -118,7 +126,7 @@ def run_configuration(
         "prefill": options.prefill,
         "new_tokens": options.new_tokens,
         "repeats": options.repeats,
-        "records": str(records),
+        "records": str(measured),
     }
     job_file.write_text(json.dumps(job))
     environment = os.environ | {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"} | plugin_environment(folder)
@@ -126,22 +134,23 @@ def run_configuration(
         process = subprocess.Popen(
             [*command, str(job_file)], stdout=output, stderr=output, env=environment, start_new_session=True
         )
-        try:
-            status: int | None = process.wait(max(deadline - time.monotonic(), 0))
-        except subprocess.TimeoutExpired:
-            status = None
-        finally:
-            end_group(process)
-    said = log.read_text(errors="replace")
-    found = [json.loads(line) for line in records.read_text().splitlines()] if records.exists() else []
-    if loaded := engine.LOADED.search(said):
-        gib, seconds = map(float, loaded.group("gib", "seconds"))
-        found.append({"configuration": configuration, "model_gib": gib, "load_seconds": seconds})
-    if status != 0:
-        why = f"{options.seconds:g} s were over" if status is None else why_failed(said) or f"ended with {status}"
-        found.append({"configuration": configuration, "failed": why})
-        print("\n".join([f"--- {configuration}: errors in its log", *errors(said)]), file=sys.stderr)
-    return found
+    why: str | None = "a signal came first"
+    try:
+        status = process.wait(max(deadline - time.monotonic(), 0))
+        why = (why_failed(log.read_text(errors="replace")) or f"ended with {status}") if status else None
+    except subprocess.TimeoutExpired:
+        why = f"{options.seconds:g} s were over"
+    finally:
+        end_group(process)
+        said = log.read_text(errors="replace")
+        if measured.exists():
+            records += map(json.loads, measured.read_text().splitlines())
+        if loaded := engine.LOADED.search(said):
+            gib, seconds = map(float, loaded.group("gib", "seconds"))
+            records.append({"configuration": configuration, "model_gib": gib, "load_seconds": seconds})
+        if why is not None:
+            records.append({"configuration": configuration, "failed": why})
+            print("\n".join([f"--- {configuration}: errors in its log", *errors(said)]), file=sys.stderr)
 
 
 def report(options: argparse.Namespace, records: list[dict[str, Any]], machine: str) -> None:
@@ -215,6 +224,7 @@ def main() -> None:
     deadline = time.monotonic() + options.seconds
     shape, positions = models.SHAPES[options.shape], options.prefill[1] + options.new_tokens + PROMPT_TOKENS
     records: list[dict[str, Any]] = []
+    signals, status = Signals(), 0
     for folder in filter(None, (options.logs, options.folder)):
         folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="bench-serve-") as scratch:
@@ -226,13 +236,17 @@ def main() -> None:
             print(f"wrote the quantized model in {time.monotonic() - started:.0f} s", file=sys.stderr)
         if cuda:
             torch.cuda.empty_cache()  # the engines' memory
-        for configuration in options.configurations:
-            print(f"{configuration}: {deadline - time.monotonic():.0f} s left", file=sys.stderr)
-            command = [sys.executable, __file__, "--measure"]
-            records += run_configuration(options, configuration, folder, command, deadline)
+        command = [sys.executable, __file__, "--measure"]
+        try:
+            for configuration in options.configurations:
+                print(f"{configuration}: {deadline - time.monotonic():.0f} s left", file=sys.stderr)
+                run_configuration(options, configuration, folder, command, deadline, records)
+        except SystemExit:  # a signal: what was measured until then is shown
+            status = 128 + signals.first
     where = torch.cuda.get_device_name() if cuda else "CPU"
     engine = f"{ENGINES[options.engine].NAME} {versions.installed().get(options.engine, '?')}"
     report(options, records, f"{where}, {engine}, torch {torch.__version__}")
+    sys.exit(status)
 
 
 if __name__ == "__main__":

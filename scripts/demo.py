@@ -12,13 +12,12 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import NamedTuple
 
 import demo_model
+from ending import Signals
 from openai import OpenAI, OpenAIError
 from rich.console import Console
 from rich.table import Table
@@ -50,34 +49,6 @@ class Result(NamedTuple):
     tokens_per_second: float
     bits_per_weight: str
     share_of_four: str
-
-
-class Signals:
-    """The first SIGINT, SIGTERM or SIGHUP ends the demo with 128 + its number; later ones do not disturb the ending."""
-
-    def __init__(self) -> None:
-        self.held = False
-        self.first = 0
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if not self.first:
-            self.first = number
-            if not self.held:
-                raise SystemExit(128 + number)
-
-    @contextmanager
-    def hold(self) -> Iterator[None]:
-        """Put the ending off, so that it cannot fall between starting a process and noting it, or into stopping it."""
-        before = self.first
-        self.held = True
-        try:
-            yield
-        finally:
-            self.held = False
-        if self.first != before:
-            raise SystemExit(128 + self.first)
 
 
 class Server:

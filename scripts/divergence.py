@@ -22,11 +22,9 @@ bucket for all others: a lower bound, and the mass in the bucket is reported. vL
 import argparse
 import asyncio
 import json
-import signal
 import sys
 import tempfile
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import versions
@@ -44,6 +42,7 @@ from divergence_statistics import (
     ratio,
     summarize,
 )
+from ending import Signals
 from gsm8k_data import InputError, draw, is_on_hub, load_questions
 from server_client import ServerError
 
@@ -268,12 +267,6 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def end(number: int, frame: FrameType | None) -> None:
-    """As an exception, so that an engine that was started ends too."""
-    raise SystemExit(128 + number)
-
-
 if __name__ == "__main__":
-    for received in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(received, end)
+    Signals()  # an engine that was started ends, too
     sys.exit(main())

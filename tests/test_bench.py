@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ import engine_process
 import pytest
 import torch
 from bench_gemm_report import Dense, Moe
-from conftest import assert_same_tensor
+from conftest import ROOT, assert_same_tensor
 from safetensors import safe_open
 
 from fouroversix_plugin.inspection import inspect_checkpoint
@@ -340,10 +341,36 @@ def test_a_configuration_that_ends_badly_keeps_what_it_measured(tmp_path: Path, 
     more, reason = ENDS[end]
     options = bench_serve.parse(["--engine", engine, "--shape", "small", "--seconds", "2"])
     command = [sys.executable, "-c", ENGINE + more]
-    records = bench_serve.run_configuration(options, "w4a16", tmp_path, command, time.monotonic() + 2)
+    records: list[dict[str, Any]] = []
+    bench_serve.run_configuration(options, "w4a16", tmp_path, command, time.monotonic() + 2, records)
     assert serve_report.speeds(records) == {"w4a16": {"1": 100.0}}
     assert {"configuration": "w4a16", "model_gib": 4.53, "load_seconds": 6.25} in records
     assert [r["failed"] for r in records if "failed" in r] == ([reason] if reason else [])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_an_engine_or_loses_what_it_measured(tmp_path: Path, number: int) -> None:
+    engine = tmp_path / "engine.py"
+    pid = tmp_path / "pid"
+    say_pid = f"import os, pathlib; pathlib.Path({str(pid)!r}).write_text(str(os.getpid()))\n"
+    engine.write_text(ENGINE.replace("argv[1]", "argv[-1]") + say_pid + "time.sleep(300)")
+    program = f"import bench_serve; bench_serve.__file__ = {str(engine)!r}; bench_serve.main()"
+    command = [sys.executable, "-c", program, "--shape", "small", "--configurations", "bf16,w4a16", "--dummy"]
+    process = subprocess.Popen(
+        command, cwd=ROOT / "scripts", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+    )
+    deadline = time.monotonic() + 120
+    while not (pid.exists() and pid.read_text()):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(number)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    assert re.search(r"\| bf16 +\| +100 ", said), said
+    assert "bf16: a signal came first" in said
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
 
 
 def test_arguments_of_vllm() -> None:
