@@ -280,7 +280,7 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 @contextmanager
-def emulations(checkpoint: Checkpoint, left: Left, kinds: Iterable[str] = ()) -> Iterator[Emulated]:
+def emulations(checkpoint: Checkpoint, left: Left, kinds: Iterable[str]) -> Iterator[Emulated]:
     """:func:`emulated_logprobs` of both schemes, computed in the background: of ``kinds`` from now on, of others once
     they are asked for.
     """

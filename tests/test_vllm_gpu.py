@@ -52,6 +52,7 @@ from engines import (
     rounding,
     run_engine,
     static_amax,
+    wanted,
 )
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -243,9 +244,10 @@ def chat(config: str, model: Path, log: Path, left: Left) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def emulated(checkpoint: Checkpoint, left: Left) -> Iterator[Emulated]:
-    """What the CPU path says of a model."""
-    with emulations(checkpoint, left) as ask:
+def emulated(request: pytest.FixtureRequest, checkpoint: Checkpoint, left: Left) -> Iterator[Emulated]:
+    """What the CPU path says of a model: computed beside the runs, not after the last that is waited for."""
+    served = {name.partition(":")[0] for name in wanted(request)}
+    with emulations(checkpoint, left, [kind for kind in KINDS if kind in served]) as ask:
         yield ask
 
 
