@@ -20,6 +20,7 @@ import bench_serve
 import bench_serve_models as models
 import bench_serve_report as serve_report
 import bench_serve_sglang
+import bench_timeline
 import bench_timing
 import engine_process
 import pytest
@@ -308,6 +309,31 @@ def test_the_shapes_have_the_sizes_they_are_named_after() -> None:
 
     assert weights(models.SHAPES["llama-8b"]) == pytest.approx(8.03e9, rel=0.001)
     assert weights(models.SHAPES["qwen3-30b-a3b"]) == pytest.approx(30.5e9, rel=0.002)
+
+
+# --- timelines -------------------------------------------------------------------------------------------------------
+
+
+def test_a_kernel_is_timed_from_another_calls_start() -> None:
+    kernel = bench_timeline.Kernel
+    # Of three calls: the second kernel starts before the first has ended, and takes twice as long once.
+    calls = [(100.0, 5.0), (200.0, 5.0), (300.0, 10.0)]
+    kernels = [k for at, long in calls for k in (kernel("b", at + 2, at + 2 + long), kernel("a", at, at + 3))]
+    assert bench_timeline.medians(kernels, 3) == [kernel("a", 0, 3), kernel("b", 2, 7)]
+    with pytest.raises(ValueError, match="5 kernels in 3 calls"):
+        bench_timeline.medians(kernels[1:], 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("void fos::cuda::(anonymous namespace)::gemm<fos::cuda::Shape<128, 4, 1>, 0>(fos::cuda::Gemm)", "gemm"),
+        ("fos::cuda::(anonymous namespace)::sort_slots(fos::cuda::Route)", "sort_slots"),
+        ("fused_moe_kernel", "fused_moe_kernel"),
+    ],
+)
+def test_a_kernels_name_keeps_its_types(name: str, said: str) -> None:
+    assert bench_timeline.short(name) == said
 
 
 # --- serving: processes ----------------------------------------------------------------------------------------------
