@@ -1,7 +1,11 @@
 """The quantizer of every backend against the specification: the same bytes from each operator."""
 
 import math
+import platform
+import shutil
+import subprocess
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -204,6 +208,16 @@ def test_block_scales_at_the_midpoints_of_e4m3_go_elsewhere(kernels: Implementat
     x = torch.randn(len(v), 16, generator=torch.Generator().manual_seed(4)).clamp(-1, 1) * v.unsqueeze(1)
     x[:, 5] = v
     check(kernels, x, recipe, "tensor", torch.tensor(recipe.encoded_amax))
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="needs g++ for x86-64")
+def test_a_quotient_by_the_inverse_is_another_number(tmp_path: Path) -> None:
+    if "fma" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this processor divides")
+    program, source = tmp_path / "every_quotient", Path(__file__).with_name("every_quotient.cpp")
+    flags = ["-std=c++20", "-O2", *build._STRICT, "-mavx2", "-mfma", "-DFOS_ISA=avx2"]
+    subprocess.run(["g++", *flags, "-o", str(program), str(source)], check=True)
+    assert subprocess.run([program], check=True, capture_output=True, text=True).stdout == "0\n"
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7, 129])
