@@ -4,8 +4,8 @@ python scripts/bench_timeline.py [--shape NxK|qwen3-30b-a3b|...] [--tokens 256,4
 
 A CUDA graph of several calls, over weights that together exceed the L2 as in ``bench_gemm.py``, is replayed under
 torch's profiler. Medians over the calls, in µs from the start of the call's first kernel. A kernel may start before the
-one above it has ended: it then brings what does not depend on that one, and waits. What a whole call takes is of the
-same graph without the profiler.
+one above it has ended: it then brings what does not depend on that one, and waits. What a whole call takes is of such
+a graph without the profiler.
 """
 
 from __future__ import annotations

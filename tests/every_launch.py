@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # the tests' own folder is there already
 
 from products import PLAIN, generator, random_experts, random_weight, random_x, routing  # noqa: E402
-from test_hopper import LAUNCHES, TILES  # noqa: E402
+from test_hopper import TILES, launches_of  # noqa: E402
 
 from fouroversix_plugin.kernels import hopper, ops  # noqa: E402
 from fouroversix_plugin.recipe import Recipe  # noqa: E402
@@ -26,15 +26,13 @@ def linear(g: torch.Generator) -> int:
     calls = 0
     for dtype, (N, K) in itertools.product(DTYPES, ((48, 80), (272, 1936), (1040, 576))):
         held = ops.prepare_weight(random_weight(N, K, g=g), dtype)
-        for M, (tokens, split, strips) in itertools.product((1, 16, 65, 300), LAUNCHES):
-            few = tokens <= 16
-            if (few and tokens < M) or split > -(-K // 64) or (few and K % 128 and 16 // strips * 128 < K):
-                continue
-            torch.ops.fouroversix_cuda.linear(
-                random_x(M, K, dtype, g), held.weight, held.block_scale, held.decode_scale, None, None, False,
-                tokens, split, strips,
-            )  # fmt: skip
-            calls += 1
+        for M in (1, 16, 65, 300):
+            for launch in launches_of(M, K):
+                x = random_x(M, K, dtype, g)
+                torch.ops.fouroversix_cuda.linear(
+                    x, held.weight, held.block_scale, held.decode_scale, None, None, False, *launch
+                )
+                calls += 1
     return calls
 
 

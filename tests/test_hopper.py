@@ -2,6 +2,7 @@
 
 import itertools
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,16 @@ LAUNCHES = [
 ]
 
 
+def launches_of(rows: int, columns: int) -> Iterator[tuple[int, int, int]]:
+    """Those of LAUNCHES that so many rows of x with so many columns can have."""
+    for tokens, split, strips in LAUNCHES:
+        if (rows > tokens and tokens <= 16) or split > -(-columns // 64):
+            continue
+        if tokens <= 16 and columns % 128 and columns > 16 // strips * 128:
+            continue  # x has to come at once
+        yield tokens, split, strips
+
+
 @pytest.fixture(autouse=True)
 def on_hopper() -> None:
     if (why := hopper.reason(torch.device("cuda"))) is not None:
@@ -57,11 +68,7 @@ def test_a_launch_changes_a_whole_number(shape: tuple[int, int], dtype: torch.dt
     for rows in (1, 8, 9, 15, 16, 33, 48, 65, 100, 130, 190, 257, 300, 600):
         for b in (None, bias):
             expected = expected_linear(x[:rows], weight.q, None, b, exact=True).y.float().to(dtype) + 0.0
-            for tokens, split, strips in LAUNCHES:
-                if (rows > tokens and tokens <= 16) or split > -(-shape[1] // 64):
-                    continue
-                if tokens <= 16 and shape[1] % 128 and shape[1] > 16 // strips * 128:
-                    continue  # x has to come at once
+            for tokens, split, strips in launches_of(rows, shape[1]):
                 y: Tensor = torch.ops.fouroversix_cuda.linear(
                     x[:rows], held.weight, held.block_scale, held.decode_scale, None, b, False, tokens, split, strips
                 )
