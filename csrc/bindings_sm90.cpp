@@ -197,7 +197,7 @@ cuda::Route ids_of(Tensor& topk_ids, int64_t experts) {
 }
 
 // (row_of_slot [M, top_k], slot_of_row [P], token_of_row [P], blocks [.., 4], in_use [2]): slots by expert, in blocks of at
-// most `tokens` rows. Where rows are to be gathered, that says whose they are.
+// most `tokens` rows. Where rows are to be gathered, that says whose they are, and token_of_row stays empty.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(Tensor topk_ids, int64_t experts, int64_t tokens,
                                                          bool beside_kernel_before, bool gathered) {
   STD_TORCH_CHECK(!beside_kernel_before || topk_ids.is_contiguous(), "topk_ids: needed contiguous, or a copy comes between");
@@ -207,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(Tensor topk_ids, int64_
   STD_TORCH_CHECK(r.tokens > 0, "tokens: got 0, needed the rows of a block");
   const int64_t most = r.slots / r.tokens + (r.slots < experts ? r.slots : experts);
   Tensor slot_of_row = torch::stable::new_empty(topk_ids, {r.slots}, ScalarType::Int);
-  Tensor token_of_row = torch::stable::new_empty(topk_ids, {r.slots}, ScalarType::Int);
+  Tensor token_of_row = torch::stable::new_empty(topk_ids, {gathered ? 0 : r.slots}, ScalarType::Int);
   Tensor row_of_slot = torch::stable::new_empty(topk_ids, {topk_ids.size(0), r.top_k}, ScalarType::Int);
   Tensor blocks = torch::stable::new_empty(topk_ids, {most, 4}, ScalarType::Int);
   Tensor in_use = torch::stable::new_empty(topk_ids, {2}, ScalarType::Int);
@@ -220,8 +220,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(Tensor topk_ids, int64_
   return {row_of_slot, slot_of_row, token_of_row, blocks, in_use};
 }
 
-// Rows of x [M, K] sorted by expert: [P, K], those of slots that count; and whose they are.
-Tensor gather(Tensor x, Tensor row_of_slot, Tensor slot_of_row, Tensor token_of_row, OptionalTensor topk_weights) {
+// Rows of x [M, K] sorted by expert: [P, K], those of slots that count; whose they are; and their scales [P], empty
+// without token_scale.
+std::tuple<Tensor, Tensor> gather(Tensor x, Tensor row_of_slot, Tensor slot_of_row, OptionalTensor topk_weights,
+                                  OptionalTensor token_scale) {
   x = readable(x);
   cuda::Gather g = {};
   g.x = x.data_ptr();
@@ -230,7 +232,6 @@ Tensor gather(Tensor x, Tensor row_of_slot, Tensor slot_of_row, Tensor token_of_
   STD_TORCH_CHECK(row_of_slot.dim() == 2 && row_of_slot.size(0) == x.size(0), "row_of_slot: needed [", x.size(0), ", top_k]");
   g.row_of_slot = ints(row_of_slot);
   g.slot_of_row = ints(slot_of_row);
-  g.token_of_row = ints(token_of_row);
   g.tokens = int_of(x.size(0));
   g.top_k = int_of(row_of_slot.size(1));
   g.columns = int_of(x.size(1));
@@ -239,22 +240,29 @@ Tensor gather(Tensor x, Tensor row_of_slot, Tensor slot_of_row, Tensor token_of_
     topk_weights = torch::stable::contiguous(*topk_weights);
     g.topk_weights = static_cast<const float*>(topk_weights->data_ptr());
   }
-  Tensor out = torch::stable::new_empty(x, {row_of_slot.numel(), g.columns}, x.scalar_type());
+  const int64_t rows = row_of_slot.numel();
+  Tensor out = torch::stable::new_empty(x, {rows, g.columns}, x.scalar_type());
+  Tensor row_scale = torch::stable::new_empty(x, {token_scale.has_value() ? rows : 0}, ScalarType::Float);
   g.out = out.data_ptr();
+  if (token_scale.has_value()) {
+    check(*token_scale, "token_scale", ScalarType::Float, x);
+    STD_TORCH_CHECK(token_scale->numel() == g.tokens, "token_scale: needed one for each of ", g.tokens, " rows");
+    token_scale = torch::stable::contiguous(*token_scale);
+    g.token_scale = static_cast<const float*>(token_scale->data_ptr());
+    g.row_scale = static_cast<float*>(row_scale.data_ptr());
+  }
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   check_launch(cuda::gather(g, current_stream(x)));
-  return out;
+  return {out, row_scale};
 }
 
-// Either product of P rows sorted by expert, row i of x or row x_row[i].
+// Either product of P rows sorted by expert, row i of x and of token_scale or row token_of_row[i].
 Tensor run_experts(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, OptionalTensor token_scale,
-                   const OptionalTensor& x_row, const OptionalTensor& token_of_row, const OptionalTensor& out_row,
-                   const Tensor& blocks, const Tensor& in_use, int64_t outputs, cuda::Output output, int64_t activation,
-                   int64_t tokens) {
+                   const OptionalTensor& token_of_row, const OptionalTensor& out_row, const Tensor& blocks,
+                   const Tensor& in_use, int64_t outputs, cuda::Output output, int64_t activation, int64_t tokens) {
   cuda::Gemm g = describe(x, codes, block_scale, decode_scale, token_scale, outputs, output);
   const bool gated = output == cuda::Output::gated;
   g.activation = cuda::Activation(activation);
-  if (x_row.has_value()) g.x_row = ints(*x_row);
   if (token_of_row.has_value()) g.token_of = ints(*token_of_row);
   if (out_row.has_value()) g.out_row = ints(*out_row);
   g.blocks = reinterpret_cast<const cuda::Block*>(blocks.data_ptr());
@@ -262,11 +270,11 @@ Tensor run_experts(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_sca
   g.block_limit = int_of(blocks.size(0));
   g.tokens = int_of(tokens);
   const bool few = g.tokens <= cuda::kFewExpertRows;
-  STD_TORCH_CHECK(few || g.x_row == nullptr, "x_row: needed None with more than ", cuda::kFewExpertRows,
+  STD_TORCH_CHECK(few || g.token_of == nullptr, "token_of_row: needed None with more than ", cuda::kFewExpertRows,
                   " rows in a block");
   STD_TORCH_CHECK(few || gated || g.out_row != nullptr, "out_row: needed with more than ", cuda::kFewExpertRows,
                   " rows in a block");
-  const int64_t rows = x_row.has_value() ? x_row->numel() : x.size(0);
+  const int64_t rows = token_of_row.has_value() ? token_of_row->numel() : x.size(0);
   Tensor out = torch::stable::new_empty(x, {rows, outputs}, gated ? x.scalar_type() : ScalarType::Float);
   g.out = out.data_ptr();
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
@@ -280,17 +288,17 @@ Tensor run_experts(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_sca
 
 // activation(gate) * up of all rows [P, N], in the dtype of x.
 Tensor multiply_gated(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, OptionalTensor token_scale,
-                      OptionalTensor x_row, OptionalTensor token_of_row, Tensor blocks, Tensor in_use, int64_t outputs,
-                      int64_t activation, int64_t tokens) {
-  return run_experts(x, codes, block_scale, decode_scale, token_scale, x_row, token_of_row, std::nullopt, blocks, in_use,
-                     outputs, cuda::Output::gated, activation, tokens);
+                      OptionalTensor token_of_row, Tensor blocks, Tensor in_use, int64_t outputs, int64_t activation,
+                      int64_t tokens) {
+  return run_experts(x, codes, block_scale, decode_scale, token_scale, token_of_row, std::nullopt, blocks, in_use, outputs,
+                     cuda::Output::gated, activation, tokens);
 }
 
 // Row i in out_row[i] of fp32 [P, N].
 Tensor multiply_experts(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, OptionalTensor token_scale,
                         Tensor out_row, Tensor blocks, Tensor in_use, int64_t outputs, int64_t tokens) {
-  return run_experts(x, codes, block_scale, decode_scale, token_scale, std::nullopt, std::nullopt, out_row, blocks,
-                     in_use, outputs, cuda::Output::fp32, 0, tokens);
+  return run_experts(x, codes, block_scale, decode_scale, token_scale, std::nullopt, out_row, blocks, in_use, outputs,
+                     cuda::Output::fp32, 0, tokens);
 }
 
 Tensor combine(Tensor slots, OptionalTensor topk_weights, Tensor topk_ids, int64_t experts, ScalarType dtype) {
@@ -327,12 +335,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fouroversix_cuda, m) {
       "route(Tensor topk_ids, int experts, int tokens, bool beside_kernel_before, bool gathered) -> (Tensor, Tensor, "
       "Tensor, Tensor, Tensor)");
   m.def(
-      "gather(Tensor x, Tensor row_of_slot, Tensor(a!) slot_of_row, Tensor(b!) token_of_row, Tensor? topk_weights) -> "
-      "Tensor");
+      "gather(Tensor x, Tensor row_of_slot, Tensor(a!) slot_of_row, Tensor? topk_weights, Tensor? token_scale) -> "
+      "(Tensor, Tensor)");
   m.def(
       "multiply_gated(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, Tensor? token_scale, "
-      "Tensor? x_row, Tensor? token_of_row, Tensor blocks, Tensor in_use, int outputs, int activation, int tokens) -> "
-      "Tensor");
+      "Tensor? token_of_row, Tensor blocks, Tensor in_use, int outputs, int activation, int tokens) -> Tensor");
   m.def(
       "multiply_experts(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, Tensor? token_scale, "
       "Tensor out_row, Tensor blocks, Tensor in_use, int outputs, int tokens) -> Tensor");

@@ -103,7 +103,8 @@ __global__ void __launch_bounds__(kRouteThreads) sort_slots(const Route r) {
 }
 
 // 16 bytes of a token's row of x a thread, to the rows of all of its slots, or (z) of some: times their weights, where
-// weights are given. And whose rows those are: so many places are faster written by all multiprocessors.
+// weights are given. And whose rows those are, and their scales: so many places are faster written by all
+// multiprocessors.
 template <class Value>
 __global__ void __launch_bounds__(kCopyThreads) gather_rows(const Gather g) {
   constexpr int kEach = 8;
@@ -113,7 +114,9 @@ __global__ void __launch_bounds__(kCopyThreads) gather_rows(const Gather g) {
   const int each = (g.top_k + gridDim.z - 1) / gridDim.z, begin = blockIdx.z * each, end = min(g.top_k, begin + each);
   for (int k = begin + threadIdx.x; blockIdx.y == 0 && k < end; k += kCopyThreads) {
     const int slot = token * g.top_k + k, row = g.row_of_slot[slot];
-    if (row >= 0) g.slot_of_row[row] = slot, g.token_of_row[row] = token;
+    if (row < 0) continue;
+    g.slot_of_row[row] = slot;
+    if (g.token_scale != nullptr) g.row_scale[row] = g.token_scale[token];
   }
   if (word >= words) return;
   const uint4 own = reinterpret_cast<const uint4*>(g.x)[static_cast<int64_t>(token) * words + word];

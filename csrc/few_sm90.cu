@@ -297,7 +297,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       const uint8_t* from = static_cast<const uint8_t*>(g.x);
       if (lane < rows) {
         const int row = block.begin + lane;
-        from += row_bytes * (!kExperts || g.x_row == nullptr ? row : g.x_row[row]);
+        from += row_bytes * (!kExperts || g.token_of == nullptr ? row : g.token_of[row]);
       }
       for (int chunk = 0; chunk < plan.chunks; ++chunk) {
         if constexpr (kBoxes) {

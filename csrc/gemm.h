@@ -43,8 +43,7 @@ struct Gemm {
   const uint8_t* block_scale;  // [experts, row_tiles, steps, kScaleBytes]
   const float* decode_scale;   // [experts, weight rows]
   const float* token_scale;    // or null for 1
-  const int32_t* x_row;        // of few rows: row that is multiplied -> row of x; null: the row itself
-  const int32_t* token_of;     // row that is multiplied -> its token_scale; null: the row itself
+  const int32_t* token_of;     // of few rows: row that is multiplied -> row of x and of token_scale; null: the row itself
   const void* bias;            // [outputs] or null
   Dtype bias_dtype;
   void* out;                 // [.., outputs]
@@ -84,7 +83,7 @@ struct Route {
   bool wide_ids;
   int slots, top_k, experts, tokens;
   int32_t* row_of_slot;                 // [slots], -1 where it was left out
-  int32_t *slot_of_row, *token_of_row;  // [slots], or null: gather() writes them
+  int32_t *slot_of_row, *token_of_row;  // [slots], or null: gather() writes the first, and nobody asks for the other
   Block* blocks;
   int32_t* in_use;  // blocks, rows
   // The kernel before wrote nothing that is read here, and began only after all that did had ended: both may run at once.
@@ -94,11 +93,13 @@ struct Route {
 struct Gather {
   const void* x;  // [tokens, columns], a multiple of 8
   Dtype dtype;
-  const int32_t* row_of_slot;           // [tokens, top_k], -1: nowhere
-  int32_t *slot_of_row, *token_of_row;  // as Route has them
-  const float* topk_weights;            // [tokens, top_k], or null
+  const int32_t* row_of_slot;  // [tokens, top_k], -1: nowhere
+  const float* topk_weights;   // [tokens, top_k], or null
+  const float* token_scale;    // [tokens], or null
   int tokens, top_k, columns;
-  void* out;  // [rows, columns]
+  void* out;             // [rows, columns]
+  int32_t* slot_of_row;  // [rows]
+  float* row_scale;      // [rows]: the token_scale of each; where there are none, null
 };
 
 struct Combine {

@@ -172,10 +172,9 @@ constexpr float kLog2OfE = 0x1.715476p+0f, kLn2 = 0x1.62e430p-1f, kLn2Rest = -0x
 // silu_and_mul of nvfp4.cuh by the chip's own functions, to about 2^-21: what rounding takes from gate * log2(e) comes
 // back as a factor. Divided by four, 1 + e^-gate has a normal inverse, or one of 0 where e^-gate is infinite.
 __device__ __forceinline__ float silu_and_mul_near(float gate, float up) {
-  const float power = gate * -kLog2OfE;
-  const float rest = __fmaf_rn(-power, kLn2, -gate) + __fmaf_rn(-power, kLn2Rest, 1.0f);
-  const float quarter = __fmaf_rn(exp2_fast(power) * rest, 0.25f, 0.25f);
-  return gate * inverse_fast(quarter) * (up * 0.25f);
+  const float power = gate * -kLog2OfE, quarter = gate * 0.25f;
+  const float factor = __fmaf_rn(-power, kLn2 / 4, -quarter) + __fmaf_rn(-power, kLn2Rest / 4, 0.25f);  // a quarter of it
+  return quarter * inverse_fast(__fmaf_rn(exp2_fast(power), factor, 0.25f)) * up;
 }
 
 // silu_and_mul of nvfp4.cuh to the bit, for gates of 16 bits (tests ask for all of them). A division's call would cost
@@ -197,16 +196,15 @@ __device__ __forceinline__ float silu_and_mul_exact(float gate, float up) {
 }
 
 // Whether silu_and_mul of nvfp4.cuh is rounded to the type of x as `near` is, which is silu_and_mul_near(gate, up): they
-// differ by less than kMargin units in the last place, for gates that neither overflow nor get lost on the way, and no
-// tie is that close. (A test asks for every gate times every up.)
+// differ by less than kMargin units in the last place, for gates that rounding takes little from, and no tie is that
+// close. (A test asks for every gate times every up.)
 __device__ __forceinline__ bool rounds_as_pinned(float gate, float near) {
   constexpr uint32_t kLost = kDtype == Dtype::bf16 ? 16 : 13;  // bits
   constexpr uint32_t kMargin = 8, kTie = 1u << (kLost - 1), kFar = (1u << kLost) - 2 * kMargin;
   const bool far = ((bits<uint32_t>(near) + kTie + kMargin) & kFar) != 0;
-  // Numbers that are subnormal in fp16 lose more bits.
-  const bool usual = kDtype == Dtype::bf16 || fabsf(near) >= 0x1p-14f || near == 0.0f;
-  // Gates of 0 are those of tokens that a tile has room for.
-  return far & usual & ((fabsf(gate) >= 0x1p-100f) | (gate == 0.0f)) & (fabsf(gate) <= 0x1p20f);
+  if constexpr (kDtype == Dtype::bf16) return far & (fabsf(gate) <= 0x1p20f);
+  // Numbers that are subnormal in fp16 lose more bits. Gates of 0 are those of tokens that a tile has room for.
+  return far & ((fabsf(near) >= 0x1p-14f) | (near == 0.0f));
 }
 
 struct GateAndUp {

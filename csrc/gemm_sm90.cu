@@ -59,10 +59,7 @@ __device__ __forceinline__ void write_note(const Gemm& g, const Ring<S>& ring, c
   for (int token = 0; token < S::kTokens; token += kWarp) {
     const int row = tile.block.begin + token + lane;
     const bool inside = row < tile.block.end;
-    if (g.token_scale != nullptr) {
-      const int token_of_row = !inside ? 0 : g.token_of == nullptr ? row : g.token_of[row];
-      copy_4(note.token_scale_at(token + lane), g.token_scale + token_of_row, inside);
-    }
+    if (g.token_scale != nullptr) copy_4(note.token_scale_at(token + lane), g.token_scale + (inside ? row : 0), inside);
     if (kOutput == Output::fp32 && inside) copy_4(note.out_row_at(token + lane), g.out_row + row, true);
   }
   arrive_with_copies(turn.full(ring));

@@ -138,13 +138,13 @@ def test_a_slot_is_lost_or_lies_among_those_of_another_expert(tokens: int, exper
     kernels = torch.ops.fouroversix_cuda
     row_of_slot, slot_of_row, token_of_row, blocks, in_use = kernels.route(ids, experts, most, False, gathered)
     x = torch.randn(tokens, 48, generator=g, device="cuda", dtype=torch.bfloat16)
-    rows_of_x = kernels.gather(x, row_of_slot, slot_of_row, token_of_row, None) if gathered else None
+    scale = torch.rand(tokens, generator=g, device="cuda")
+    rows_of_x, row_scale = kernels.gather(x, row_of_slot, slot_of_row, None, scale) if gathered else (None, None)
     block_count, count = in_use.tolist()
     counts = (ids >= 0) & (ids < experts)
     assert count == int(counts.sum())
     slots, rows = slot_of_row[:count].long(), torch.arange(count, device="cuda")
     assert torch.equal(slots.sort().values, counts.flatten().nonzero().flatten())
-    assert torch.equal(token_of_row[:count], (slots // top_k).int())
     assert torch.equal(row_of_slot.flatten()[slots], rows.int())
     assert bool((row_of_slot[~counts] == -1).all())
     expert, begin, end = blocks[:block_count, :3].long().unbind(1)
@@ -153,8 +153,11 @@ def test_a_slot_is_lost_or_lies_among_those_of_another_expert(tokens: int, exper
     assert bool(((begin < end) & (end - begin <= most)).all())
     needed = -(-torch.bincount(ids[counts].long(), minlength=experts) // most)
     assert torch.equal(torch.bincount(expert, minlength=experts), needed)
-    if rows_of_x is not None:
+    if gathered:
         assert torch.equal(rows_of_x[:count], x[slots // top_k])
+        assert torch.equal(row_scale[:count], scale[slots // top_k])
+    else:
+        assert torch.equal(token_of_row[:count], (slots // top_k).int())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -175,12 +178,12 @@ def test_the_pinned_silu_of_a_gate_is_another_number(tokens: int, dtype: torch.d
     few = tokens == 8
     row_of_slot, slot_of_row, token_of_row, blocks, in_use = kernels.route(ids, 1, tokens, False, not few)
     inner = kernels.multiply_gated(
-        x if few else kernels.gather(x, row_of_slot, slot_of_row, token_of_row, None),
-        held.weight, held.block_scale, held.decode_scale, None, token_of_row if few else None, token_of_row,
+        x if few else kernels.gather(x, row_of_slot, slot_of_row, None, None)[0],
+        held.weight, held.block_scale, held.decode_scale, None, token_of_row if few else None,
         blocks, in_use, 16, hopper._PINNED_SILU, tokens,
     )  # fmt: skip
     expected = reference.silu_and_mul(x[:, :2].cpu()).expand(-1, 16)
-    of_token = torch.empty_like(inner).index_copy_(0, token_of_row.long(), inner)
+    of_token = torch.empty_like(inner).index_copy_(0, slot_of_row.long(), inner)
     assert_same_tensor(f"{len(gate)} gates", of_token.cpu(), expected.contiguous())
 
 

@@ -130,18 +130,15 @@ def moe(
         x, token_scale = native.quantize_values(x, activations, input_amax, False)
     gathers = tokens > _FEW_ROWS or on_input
     row_of_slot, slot_of_row, token_of_row, blocks, in_use = kernels.route(topk_ids, experts, tokens, beside, gathers)
-    rows, x_row = x, token_of_row
     if gathers:
-        weights_of_x = topk_weights if on_input else None
-        rows, x_row = kernels.gather(x, row_of_slot, slot_of_row, token_of_row, weights_of_x), None
-    scale_of: Tensor | None = token_of_row
+        x, row_scale = kernels.gather(x, row_of_slot, slot_of_row, topk_weights if on_input else None, token_scale)
+        token_scale, token_of_row = row_scale if beside else None, None
     if activations is not None and on_input:
-        rows, token_scale = native.quantize_values(rows, activations, input_amax, False)
-        scale_of = None
+        x, token_scale = native.quantize_values(x, activations, input_amax, False)
     pinned = activations is not None and activation == "silu"
     gating = _PINNED_SILU if pinned else _ACTIVATIONS.index(activation)
     inner = kernels.multiply_gated(
-        rows, w13, w13_block_scale, w13_decode_scale, token_scale, x_row, scale_of, blocks, in_use, half, gating, tokens
+        x, w13, w13_block_scale, w13_decode_scale, token_scale, token_of_row, blocks, in_use, half, gating, tokens
     )
     inner_scale = None
     if activations is not None:
