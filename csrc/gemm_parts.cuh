@@ -173,7 +173,7 @@ constexpr float kLog2OfE = 0x1.715476p+0f, kLn2 = 0x1.62e430p-1f, kLn2Rest = -0x
 // back as a factor. Divided by four, 1 + e^-gate has a normal inverse, or one of 0 where e^-gate is infinite.
 __device__ __forceinline__ float silu_and_mul_near(float gate, float up) {
   const float power = gate * -kLog2OfE, quarter = gate * 0.25f;
-  const float factor = __fmaf_rn(-power, kLn2 / 4, -quarter) + __fmaf_rn(-power, kLn2Rest / 4, 0.25f);  // a quarter of it
+  const float factor = __fmaf_rn(-power, kLn2 / 4, -quarter) + __fmaf_rn(-power, kLn2Rest / 4, 0.25f);  // a quarter
   return quarter * inverse_fast(__fmaf_rn(exp2_fast(power), factor, 0.25f)) * up;
 }
 

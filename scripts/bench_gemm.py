@@ -52,7 +52,7 @@ from ending import Signals
 from torch import Tensor
 
 import fouroversix_plugin as fos
-from fouroversix_plugin.kernels import ops
+from fouroversix_plugin.kernels import cuda, ops
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
 
 DENSE_TOKENS = tuple(2**i for i in range(14))
@@ -352,6 +352,8 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         raise SystemExit("bench_gemm: no CUDA device")
+    chosen = cuda.choose(torch.empty(16, 8, dtype=torch.uint8, device="cuda"), torch.bfloat16, "")
+    print(f"ours: products by {chosen}", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "records.jsonl"
         started, signals = time.monotonic(), Signals()
@@ -360,7 +362,8 @@ def main() -> None:
         except SystemExit:  # what was measured until then is shown
             stopped = f"signal {signals.first} ended it"
         records = read_records(path)
-    machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {time.monotonic() - started:.0f} s"
+    where = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, ours by {chosen}"
+    machine = f"{where}, {time.monotonic() - started:.0f} s"
     report(options, records, machine)
     if stopped:
         print(f"not all was measured: {stopped}", file=sys.stderr)

@@ -20,11 +20,13 @@ import argparse
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ from bench_serve_report import (
     CONFIGURATIONS,
     PREFILL,
     plot,
+    products,
     reasons,
     result_table,
     verdict_summary,
@@ -50,6 +53,8 @@ from engine_process import end_group, errors, plugin_environment, why_failed
 PROMPT_TOKENS = 16
 """Of a stream that decodes: so few that prefill is not what is timed."""
 WARM_UP_TOKENS = 8
+PRODUCTS = re.compile(r"fouroversix: products of (?P<what>linear|experts) \w+ by (?P<by>\w+)")
+"""What our method's log says of its kernels on a GPU."""
 ENGINES = {"vllm": bench_serve_vllm, "sglang": bench_serve_sglang}
 """What differs between them: NAME, LOADED (a line of the log), arguments(), constructor() and generate()."""
 
@@ -110,9 +115,10 @@ def run_configuration(
     command: Sequence[str],
     deadline: float,
     records: list[dict[str, Any]],
+    hold: Callable[[], AbstractContextManager[object]],
 ) -> None:
     """Append its records: also those of a process that failed, or was ended at ``deadline`` (of time.monotonic) or by
-    an exception.
+    an exception, which does not come within ``hold``.
     """
     engine, logs = ENGINES[options.engine], options.logs or folder
     measured, log, job_file = (folder / f"{configuration}.{kind}" for kind in ("jsonl", "log", "job"))
@@ -130,27 +136,32 @@ def run_configuration(
     }
     job_file.write_text(json.dumps(job))
     environment = os.environ | {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"} | plugin_environment(folder)
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*command, str(job_file)], stdout=output, stderr=output, env=environment, start_new_session=True
-        )
+    process: subprocess.Popen[bytes] | None = None
     why: str | None = "a signal came first"
     try:
+        with hold(), log.open("wb") as output:
+            process = subprocess.Popen(
+                [*command, str(job_file)], stdout=output, stderr=output, env=environment, start_new_session=True
+            )
         status = process.wait(max(deadline - time.monotonic(), 0))
         why = (why_failed(log.read_text(errors="replace")) or f"ended with {status}") if status else None
     except subprocess.TimeoutExpired:
         why = f"{options.seconds:g} s were over"
     finally:
-        end_group(process)
-        said = log.read_text(errors="replace")
-        if measured.exists():
-            records += map(json.loads, measured.read_text().splitlines())
-        if loaded := engine.LOADED.search(said):
-            gib, seconds = map(float, loaded.group("gib", "seconds"))
-            records.append({"configuration": configuration, "model_gib": gib, "load_seconds": seconds})
-        if why is not None:
-            records.append({"configuration": configuration, "failed": why})
-            print("\n".join([f"--- {configuration}: errors in its log", *errors(said)]), file=sys.stderr)
+        with hold():
+            if process is not None:
+                end_group(process)
+            said = log.read_text(errors="replace")
+            if measured.exists():
+                records += map(json.loads, measured.read_text().splitlines())
+            if loaded := engine.LOADED.search(said):
+                gib, seconds = map(float, loaded.group("gib", "seconds"))
+                records.append({"configuration": configuration, "model_gib": gib, "load_seconds": seconds})
+            if by := {match["what"]: match["by"] for match in PRODUCTS.finditer(said)}:
+                records.append({"configuration": configuration, "products": by})
+            if why is not None:
+                records.append({"configuration": configuration, "failed": why})
+                print("\n".join([f"--- {configuration}: errors in its log", *errors(said)]), file=sys.stderr)
 
 
 def report(options: argparse.Namespace, records: list[dict[str, Any]], machine: str) -> None:
@@ -159,7 +170,7 @@ def report(options: argparse.Namespace, records: list[dict[str, Any]], machine: 
     points = [*map(str, options.streams), PREFILL]
     found = verdicts(records, experts=models.SHAPES[options.shape].experts > 0)
     print(f"{title}\n\n{result_table(records, options.configurations, points)}\n")
-    if said := reasons(records):
+    if said := [*products(records), *reasons(records)]:
         print("\n".join(said) + "\n")
     print(f"{verdict_table(found)}\n\n{verdict_summary(found)}")
     if options.json:
@@ -240,7 +251,7 @@ def main() -> None:
         try:
             for configuration in options.configurations:
                 print(f"{configuration}: {deadline - time.monotonic():.0f} s left", file=sys.stderr)
-                run_configuration(options, configuration, folder, command, deadline, records)
+                run_configuration(options, configuration, folder, command, deadline, records, signals.hold)
         except SystemExit:  # a signal: what was measured until then is shown
             status = 128 + signals.first
     where = torch.cuda.get_device_name() if cuda else "CPU"

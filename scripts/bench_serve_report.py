@@ -4,6 +4,7 @@ Pure functions of records: one dict each, with ``configuration`` and
 
 - ``point`` ("1", "16", ... streams, or "prefill") and ``speed`` (tokens a second), the best of its repeats; or
 - ``load_seconds``, ``model_gib``, ``start_seconds``: of starting; or
+- ``products``: whose kernels multiply linear layers and experts of ours; or
 - ``failed``: why there is nothing more.
 """
 
@@ -121,6 +122,11 @@ def verdict_table(found: Sequence[Verdict]) -> str:
 def verdict_summary(found: Sequence[Verdict]) -> str:
     met, unknown = sum(v.met is True for v in found), sum(v.met is None for v in found)
     return f"{met} of {len(found)} aims met" + (f", {unknown} not known" if unknown else "")
+
+
+def products(records: Sequence[Record]) -> list[str]:
+    lines = [(CONFIGURATIONS[r["configuration"]], r["products"].items()) for r in records if "products" in r]
+    return [f"{title}: " + ", ".join(f"products of {what} by {by}" for what, by in found) for title, found in lines]
 
 
 def reasons(records: Sequence[Record]) -> list[str]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -347,6 +348,7 @@ ENGINE = f"""
 import json, sys, time
 job = json.load(open(sys.argv[1]))
 print({LOADING}[job["engine"]], flush=True)
+print("INFO fouroversix: products of experts W4A16 by triton (passed over: hopper: no nvcc)", flush=True)
 with open(job["records"], "a") as file:
     print(json.dumps(dict(configuration=job["configuration"], point="1", speed=100.0)), file=file)
 """
@@ -368,9 +370,10 @@ def test_a_configuration_that_ends_badly_keeps_what_it_measured(tmp_path: Path, 
     options = bench_serve.parse(["--engine", engine, "--shape", "small", "--seconds", "2"])
     command = [sys.executable, "-c", ENGINE + more]
     records: list[dict[str, Any]] = []
-    bench_serve.run_configuration(options, "w4a16", tmp_path, command, time.monotonic() + 2, records)
+    bench_serve.run_configuration(options, "w4a16", tmp_path, command, time.monotonic() + 2, records, nullcontext)
     assert serve_report.speeds(records) == {"w4a16": {"1": 100.0}}
     assert {"configuration": "w4a16", "model_gib": 4.53, "load_seconds": 6.25} in records
+    assert {"configuration": "w4a16", "products": {"experts": "triton"}} in records
     assert [r["failed"] for r in records if "failed" in r] == ([reason] if reason else [])
 
 
@@ -565,12 +568,14 @@ def test_served_report_is_printed_written_and_drawn(tmp_path: Path, capsys: pyte
     records = [
         *served(bf16=(204, 3110, 10386, 22065, 37500), w4a16=(330, 5000)),
         {"configuration": "w4a16", "model_gib": 5.66, "load_seconds": 4.25, "start_seconds": 61.0},
+        {"configuration": "w4a16", "products": {"linear": "hopper", "experts": "triton"}},
         {"configuration": "stock", "failed": "ValueError: no kernel"},
     ]
     bench_serve.report(options, records, "some GPU")
     said = capsys.readouterr().out
     (row,) = (line for line in said.splitlines() if line.startswith("| ours W4A16 ") and "61.0" in line)
     assert [cell.strip() for cell in row.split("|")[2:-1]] == ["330", "5000", "-", "-", "-", "4.2", "61.0", "5.7"]
+    assert "ours W4A16: products of linear by hopper, products of experts by triton\n" in said
     assert "stock NVFP4: ValueError: no kernel\n" in said
     assert "2 of 8 aims met, 6 not known" in said
     assert json.loads((tmp_path / "o.json").read_text())["records"] == records
