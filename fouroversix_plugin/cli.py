@@ -35,15 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status: int = options.run(options)
         sys.stdout.flush()
-    except ValueError as error:
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of stdout left: nothing more to say to anyone
+        return 1
+    except (ValueError, OSError) as error:
         print(f"fouroversix: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("fouroversix: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of stdout left: nothing more to say to anyone
-        return 1
     return status
 
 
@@ -171,6 +171,7 @@ def _compare(options: argparse.Namespace) -> int:
         import fouroversix_plugin.plots as plotting
 
         plotting.require_matplotlib()  # before the work, not after it
+        options.plot.mkdir(parents=True, exist_ok=True)
     folder, source = _folder(options.checkpoint), _folder(options.to)
     with _progress("comparing", _nbytes(Checkpoint.open(source))) as progress:
         report = compare_checkpoints(folder, source, progress)
@@ -222,9 +223,11 @@ def _device(name: str | None) -> str:
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        kind = torch.empty(0, device=name).device.type
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device: got {name!r}, which is not there: {str(error).splitlines()[0]}") from error
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"--device: got {name!r}, needed cpu or cuda")
     return name
 
 

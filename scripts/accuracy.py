@@ -21,22 +21,24 @@ import asyncio
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gsm8k
 import torch
 import versions
 from accuracy_report import CONFIGURATIONS, REFERENCE, label, report, verdicts
 from accuracy_worker import ANSWERS, PHASES, SCORES, write
-from argument_types import natural, positive, seconds
-from divergence import build_result, json_object
+from argument_types import json_object, natural, positive, seconds
+from divergence import build_result, load_texts
 from divergence_scores import ScoresFile
 from divergence_statistics import compare, join
 from engine_process import end_group, errors, plugin_environment, why_failed
@@ -107,28 +109,37 @@ def names(text: str) -> list[str]:
 
 
 def build_jobs(options: argparse.Namespace, *, cuda: bool) -> list[Job]:
-    """Their folders, each with the settings of its measurement; those of an earlier command must be the same."""
+    """Their folders, each with the settings of its measurement.
+
+    Raises:
+        InputError: a model or the data is not there, or an earlier command measured with other settings.
+    """
+    common = {
+        "data": str(Path(options.data).resolve()),
+        "shots_data": str(Path(options.shots_data).resolve()),
+        "documents": options.documents,
+        "num_questions": options.questions,
+        **{name: getattr(options, name) for name in ("num_shots", "max_tokens", "top", "seed")},
+        "chat": False,
+        "llm": {**LLM, **(CUDA_LLM if cuda else CPU_LLM), **options.llm},
+        "server_args": options.server_args,
+        "parallel": options.parallel,
+    }
+    # What each engine would find out only after it has started.
+    load_texts(common["data"], options.documents, options.seed)
+    if options.questions != 0:
+        gsm8k.build_tasks(argparse.Namespace(**common))
     jobs = []
     for model, configuration in itertools.product(options.models, options.configurations):
         if not (model / "config.json").is_file():
             raise InputError(f"{model} is no checkpoint: needs a folder with config.json")
         folder = options.out.with_suffix(".work") / f"{model.name}-{configuration}"
         folder.mkdir(parents=True, exist_ok=True)
-        settings = {
-            "model": str(model.resolve()),
-            "data": str(Path(options.data).resolve()),
-            "shots_data": str(Path(options.shots_data).resolve()),
-            "documents": options.documents,
-            "num_questions": options.questions,
-            **{name: getattr(options, name) for name in ("num_shots", "max_tokens", "top", "seed")},
-            "chat": False,
-            "llm": {**LLM, **(CUDA_LLM if cuda else CPU_LLM), **options.llm},
-            "server_args": options.server_args,
-            "parallel": options.parallel,
-        }
+        settings = {"model": str(model.resolve()), **common}
         job = {"engine": options.engine, "configuration": configuration, "options": settings}
         file = folder / "job.json"
-        if file.exists() and json.loads(file.read_text()) != job:
+        measured = any((folder / name).exists() for name in (SCORES, ANSWERS))
+        if measured and file.exists() and json.loads(file.read_text()) != job:
             raise InputError(f"{folder} was measured with other settings; repeat them, or give another --out")
         write(file, job)
         jobs.append(Job(model, configuration, folder))
@@ -219,27 +230,43 @@ def divergence(reference: Path, candidate: Path, seed: int) -> dict[str, Any]:
     return build_result(one, other, positions, seed)
 
 
-def build_entries(options: argparse.Namespace, jobs: list[Job], failures: dict[Job, str]) -> Iterator[dict[str, Any]]:
+def become_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's goes to all; the parent ends its workers
+    torch.set_num_threads(1)
+
+
+async def divergences(jobs: list[Job], seed: int) -> dict[Job, dict[str, Any]]:
+    """Of all that were scored, from their model's reference."""
     references = {job.model: job.folder / SCORES for job in jobs if job.configuration == REFERENCE}
+    scored = [job for job in jobs if job.configuration != REFERENCE and (job.folder / SCORES).exists()]
     # Minutes for one process where solutions are many; spawned, since torch's threads do not survive a fork.
     workers = min(len(jobs), os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), become_worker) as pool:
         running = {
-            job: pool.submit(divergence, references[job.model], job.folder / SCORES, options.seed)
-            for job in jobs
-            if job.configuration != REFERENCE and references[job.model].exists() and (job.folder / SCORES).exists()
+            job: pool.submit(divergence, references[job.model], job.folder / SCORES, seed)
+            for job in scored
+            if references[job.model].exists()
         }
-        for job in jobs:
-            entry = {**job.entry, "phases": phases(job)}
-            if job in running:
-                entry["divergence"] = running[job].result()
-            with suppress(FileNotFoundError):
-                entry["gsm8k"] = json.loads((job.folder / ANSWERS).read_text())
-            if job in failures:
-                entry["failed"] = failures[job]
-            elif not done(job, options):
-                entry["failed"] = f"{options.seconds:g} s were over"
-            yield entry
+        try:
+            return {job: await asyncio.wrap_future(future) for job, future in running.items()}
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in active_children():
+                child.terminate()
+            raise
+
+
+def build_entry(options: argparse.Namespace, job: Job, divergence: dict[str, Any] | None, failure: str | None) -> Any:
+    entry = {**job.entry, "phases": phases(job)}
+    if divergence is not None:
+        entry["divergence"] = divergence
+    with suppress(FileNotFoundError):
+        entry["gsm8k"] = json.loads((job.folder / ANSWERS).read_text())
+    if failure is not None:
+        entry["failed"] = failure
+    elif not done(job, options):
+        entry["failed"] = f"{options.seconds:g} s were over"
+    return entry
 
 
 async def measure(options: argparse.Namespace) -> int:
@@ -247,13 +274,14 @@ async def measure(options: argparse.Namespace) -> int:
     jobs = build_jobs(options, cuda=cuda)
     measurement = Measurement(options, jobs)
     await measurement.run()
+    found, failures = await divergences(jobs, options.seed), measurement.failures
     where = torch.cuda.get_device_name() if cuda else "CPU"
     used = versions.installed()
     result = {
         "machine": f"{where}, {options.engine} {used.get(options.engine, '?')}, torch {torch.__version__}",
         "settings": {name: value for name, value in vars(options).items() if name not in ("models", "out")},
         "versions": used,
-        "configurations": list(build_entries(options, jobs, measurement.failures)),
+        "configurations": [build_entry(options, job, found.get(job), failures.get(job)) for job in jobs],
     }
     write(options.out, result)
     tables = report(result)

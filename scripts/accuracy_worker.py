@@ -81,7 +81,11 @@ def answer_in_engine(engine: Any, options: argparse.Namespace, config: dict[str,
 
 
 async def run_sglang(options: argparse.Namespace, config: dict[str, Any] | None, folder: Path) -> int:
-    """One server for both, asked as any other is. The status to end with."""
+    """One server for both, asked as any other is. The status to end with.
+
+    Raises:
+        ServerError: requests failed.
+    """
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", options.model, *options.server_args]
     if config:
         command += ["--json-model-override-args", json.dumps({"quantization_config": config})]
@@ -93,10 +97,12 @@ async def run_sglang(options: argparse.Namespace, config: dict[str, Any] | None,
             with phase(folder, "divergence"):
                 await score_on_server(server.base_url, request(options), folder / SCORES, model=None, **limits)
         if options.num_questions != 0 and not (folder / ANSWERS).exists():
-            (folder / ANSWERS).with_suffix(".jsonl").unlink(missing_ok=True)  # of another port
+            some = folder / f"some-{ANSWERS}"  # also where requests failed: then nothing is done yet
+            some.with_suffix(".jsonl").unlink(missing_ok=True)  # of another port
             with phase(folder, "gsm8k"):
-                words = ["--base-url", server.base_url, "--out", str(folder / ANSWERS), *gsm8k_arguments(options)]
-                return await gsm8k.evaluate(gsm8k.parse(words))
+                words = ["--base-url", server.base_url, "--out", str(some), *gsm8k_arguments(options)]
+                await gsm8k.evaluate(gsm8k.parse(words))
+            some.replace(folder / ANSWERS)
     return 0
 
 

@@ -33,7 +33,8 @@ import bench_timing
 import torch
 import torch.nn.functional as F
 import versions
-from argument_types import positive
+from argument_types import output, positive
+from argument_types import plot as plot_file
 from argument_types import seconds as seconds_argument
 from bench_gemm_report import (
     DENSE_SHAPES,
@@ -323,8 +324,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--quick", action="store_true", help="two dense shapes and one of experts, few numbers of tokens"
     )
     parser.add_argument("--seconds", type=seconds_argument, default=540.0, help="report what there is after so long")
-    parser.add_argument("--json", type=Path, help="also write every record here")
-    parser.add_argument("--plot", type=Path, help="draw time over floor into this PNG")
+    parser.add_argument("--json", type=output, help="also write every record here")
+    parser.add_argument("--plot", type=plot_file, help="draw time over floor into this PNG")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     try:

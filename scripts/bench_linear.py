@@ -16,11 +16,11 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from argument_types import output
 from torch import Tensor
 
 import fouroversix_plugin as fos
@@ -119,7 +119,7 @@ def measure(rows: int, columns: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--json", type=output, help="also write the figures here")
     options = parser.parse_args()
     reason = build.load("cpu")
     kernels = "compiled kernels" if reason is None else f"no compiled kernels ({reason})"

@@ -21,10 +21,10 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from argument_types import output
 from bench_timing import COPY_BYTES, copy_bandwidth, graph_seconds
 from torch import Tensor
 
@@ -160,7 +160,7 @@ def results(out: object) -> tuple[Tensor, ...]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--json", type=output, help="also write the figures here")
     parser.add_argument("--compiled-reference", action="store_true", help="time torch.compile of the specification too")
     options = parser.parse_args()
     reason = build.load(options.device)

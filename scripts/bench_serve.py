@@ -34,7 +34,8 @@ import bench_serve_models as models
 import bench_serve_sglang
 import bench_serve_vllm
 import versions
-from argument_types import positive
+from argument_types import json_object, output, positive
+from argument_types import plot as plot_file
 from argument_types import seconds as seconds_argument
 from bench_serve_report import (
     CONFIGURATIONS,
@@ -193,17 +194,19 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=positive, default=2, help="of which the best counts (default: 2)")
     add("--enforce-eager", action="store_true", help="no CUDA graphs, no torch.compile")
     add("--dummy", action="store_true", help="ours quantizes made-up weights while loading; without stock, no files")
-    add("--llm", type=json.loads, default={}, help="JSON: more arguments of vllm.LLM or sglang.Engine")
+    add("--llm", type=json_object, default={}, help="JSON: more arguments of vllm.LLM or sglang.Engine")
     add("--folder", type=Path, help="where models are written and removed: 5 to 20 GB (default: a temporary one)")
     add("--logs", type=Path, help="keep the engine's logs in this folder")
     add("--seconds", type=seconds_argument, default=540.0, help="report what there is after so long (default: 540)")
-    add("--json", type=Path, help="also write every record here")
-    add("--plot", type=Path, help="draw the table into this PNG")
+    add("--json", type=output, help="also write every record here")
+    add("--plot", type=plot_file, help="draw the table into this PNG")
     options = parser.parse_args(arguments)
     if unknown := set(options.configurations) - set(CONFIGURATIONS):
         parser.error(f"--configurations: no {', '.join(sorted(unknown))}; there are {', '.join(CONFIGURATIONS)}")
     if options.dummy:
         options.configurations = [name for name in options.configurations if name != "stock"]
+    if not options.configurations:
+        parser.error("--configurations: nothing is left to measure")
     count, length = options.prefill
     options.longest = max(length + 1, PROMPT_TOKENS + options.new_tokens)
     options.most_requests = max(*options.streams, count)
@@ -215,7 +218,10 @@ def names(text: str) -> list[str]:
 
 
 def numbers(text: str) -> list[int]:
-    return sorted({positive(number) for number in names(text)})
+    found = sorted({positive(number) for number in names(text)})
+    if not found:
+        raise argparse.ArgumentTypeError("needs a number")
+    return found
 
 
 def prompts(text: str) -> tuple[int, int]:
@@ -257,7 +263,7 @@ def main() -> None:
     where = torch.cuda.get_device_name() if cuda else "CPU"
     engine = f"{ENGINES[options.engine].NAME} {versions.installed().get(options.engine, '?')}"
     report(options, records, f"{where}, {engine}, torch {torch.__version__}")
-    sys.exit(status)
+    sys.exit(status or int(any("failed" in record for record in records)))
 
 
 if __name__ == "__main__":

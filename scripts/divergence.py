@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import versions
-from argument_types import positive, seconds
+from argument_types import json_object, output, positive, seconds
 from divergence_scores import ScoresFile, digest
 from divergence_sources import Request, Text, score_checkpoint, score_on_server
 from divergence_statistics import (
@@ -72,8 +72,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--engine-args", type=json_object, default={}, metavar="JSON", help="of vllm.LLM, for both")
     parser.add_argument("--reference-args", type=json_object, default={}, metavar="JSON", help="for the reference only")
     parser.add_argument("--candidate-args", type=json_object, default={}, metavar="JSON", help="for the candidate only")
-    parser.add_argument("--save-reference", type=Path, metavar="FILE.safetensors", help="keep the reference's scores")
-    parser.add_argument("--save-candidate", type=Path, metavar="FILE.safetensors", help="keep the candidate's scores")
+    parser.add_argument("--save-reference", type=output, metavar="FILE.safetensors", help="keep the reference's scores")
+    parser.add_argument("--save-candidate", type=output, metavar="FILE.safetensors", help="keep the candidate's scores")
     parser.add_argument(
         "--data", metavar="FILE|hub", help="JSONL of question and answer, the hub's GSM8K, or a text file"
     )
@@ -89,7 +89,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--retries", type=positive, default=6, metavar="N", help="of one request, with back-off (6)")
     parser.add_argument("--model", help="which model, where a server has several")
     parser.add_argument("--seed", type=int, default=0, help="draws the documents and the bootstrap (0)")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the figures here")
+    parser.add_argument("--out", type=output, metavar="FILE.json", help="also write the figures here")
     options = parser.parse_args(arguments)
     if options.compare is not None and len(options.compare) < 2:
         parser.error("--compare needs two results or more")
@@ -100,16 +100,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.candidate is None and options.reference is not None and options.save_reference is None:
         parser.error("--reference needs --candidate, or --save-reference to only score it")
     return options
-
-
-def json_object(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"not JSON ({error}): {text}") from error
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"got {type(found).__name__}, needs a JSON object: {text}")
-    return found
 
 
 def top(text: str) -> int | None:

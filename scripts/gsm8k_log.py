@@ -68,24 +68,28 @@ class RunLog:
 
     def _read(self, settings: dict[str, Any]) -> None:
         self._file.seek(0)
-        whole, _, rest = self._file.read().rpartition("\n")
-        if rest:  # The line that was being written when the run ended.
-            self._file.truncate(len((whole + "\n").encode()) if whole else 0)
-        if not whole:
-            self._write({"settings": settings})
-            return
+        whole, _, rest = self._file.read().rpartition("\n")  # rest: what was being written when the run ended
+        found: list[Answer] = []
         try:
-            first, *others = [json.loads(line) for line in whole.split("\n")]
-            logged = first["settings"]
-            found = [Answer(**other) for other in others]
+            if whole:
+                first, *others = [json.loads(line) for line in whole.split("\n")]
+                logged = first["settings"]
+                found = [Answer(**other) for other in others]
+            elif rest[: len(_FIRST)] != _FIRST[: len(rest)]:
+                raise TypeError("it does not begin with settings")
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise InputError(
                 f"{self.path} is no log of this script ({error}); move it away or give another --out"
             ) from error
-        if logged != settings:
+        if whole and logged != settings:
             raise InputError(
                 f"{self.path} is of a run with other settings ({_differences(logged, settings)}); {_REMEDY}"
             )
+        # Not before: it may be somebody's file.
+        if rest:
+            self._file.truncate(len((whole + "\n").encode()) if whole else 0)
+        if not whole:
+            self._write({"settings": settings})
         self.answers = {answer.question: answer for answer in found}
 
     def _write(self, value: dict[str, Any]) -> None:
@@ -93,6 +97,7 @@ class RunLog:
         self._file.flush()
 
 
+_FIRST = '{"settings": '
 _REMEDY = "repeat them to resume it, or give another --out"
 
 

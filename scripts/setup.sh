@@ -79,6 +79,7 @@ until flock -n 9; do
 done
 key=$(cat pyproject.toml scripts/setup.sh | sha256sum)
 if [[ ! -f $stamp || $(<"$stamp") != "$key" ]]; then
+  rm -f "$stamp"  # what fails below leaves a .venv of neither key
   install
   echo "$key" >"$stamp"
   say "done"

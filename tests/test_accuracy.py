@@ -72,7 +72,7 @@ class LLM:
 """
 # A server of SGLang's that gives the same.
 SGLANG = """
-import json, sys
+import json, os, sys
 sys.path[:0] = [{tests!r}]
 import vllm
 from fake_server import FakeServer, Reply, completion
@@ -84,6 +84,8 @@ engine = vllm.LLM("model", 6, config, enforce_eager=True)
 def answer(path, body):
     if path == "/tokenize":
         return Reply({{"tokens": [len(word) for word in body["prompt"].split()]}})
+    if path == "/v1/completions" and os.environ.get("FAKE_REFUSES", "nothing") in body["prompt"][-40:]:
+        return Reply({{}}, 400)
     if path == "/v1/completions":
         return completion("#### 1000")
     tokens, start = body["input_ids"], body["logprob_start_len"]
@@ -216,6 +218,19 @@ def test_sglangs_server_gives_what_vllm_gives(tmp_path: Path, data: list[str]) -
     assert sglang["gsm8k"]["settings"]["prompt_sha256"] == vllm["gsm8k"]["settings"]["prompt_sha256"]
 
 
+def test_questions_that_failed_are_asked_again(
+    tmp_path: Path, data: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*data, "--configurations", "bf16", "--questions", "5", "--engine", "sglang"]
+    monkeypatch.setenv("FAKE_REFUSES", "qqqq")
+    assert accuracy.main(arguments) == 1
+    assert "of 5 requests failed" in capsys.readouterr().err
+    assert "gsm8k" not in result(tmp_path)["bf16"]
+    monkeypatch.delenv("FAKE_REFUSES")
+    assert accuracy.main(arguments) == 0
+    assert result(tmp_path)["bf16"]["gsm8k"]["answered"] == 5
+
+
 @pytest.mark.parametrize("configuration", [name for name in CONFIGURATIONS if name != "bf16"])
 def test_configurations_are_whole_schemes(configuration: str) -> None:
     recipe, _, scheme = configuration.rpartition("-")
@@ -261,6 +276,18 @@ def test_wrong_usage(data: list[str], change: str) -> None:
     with pytest.raises(SystemExit) as ended:
         accuracy.main([*data, *change.split()])
     assert ended.value.code == 2
+
+
+@pytest.mark.parametrize("flag", ["--data", "--shots-data"])
+def test_a_wrong_file_costs_the_start_of_engines_or_stands_in_the_way_of_the_right_one(
+    tmp_path: Path, data: list[str], capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    assert accuracy.main([*data, flag, str(tmp_path / "tset.jsonl")]) == 1
+    assert "tset.jsonl" in capsys.readouterr().err
+    assert not (tmp_path / "out.work").exists()
+    for seed in ("0", "1"):  # nothing was measured with the first
+        assert accuracy.main([*data, "--seed", seed, "--configurations", "bf16", "--seconds", "0.001"]) == 1
+        assert "other settings" not in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_checkpoint_is_named(

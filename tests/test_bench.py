@@ -563,6 +563,26 @@ def test_served_verdicts_of_experts_and_of_missing_speeds() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--json", "no/such/folder.json"), "there is no folder no/such"),
+        (("--plot", "."), "is a folder"),
+        (("--streams", ","), "needs a number"),
+        (("--llm", "[1]"), "needs a JSON object"),
+        (("--dummy", "--configurations", "stock"), "nothing is left to measure"),
+    ],
+    ids=str,
+)
+def test_wrong_usage_is_found_after_the_work(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        bench_serve.parse(arguments)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_served_report_is_printed_written_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = bench_serve.parse(["--json", str(tmp_path / "o.json"), "--plot", str(tmp_path / "o.png")])
     records = [

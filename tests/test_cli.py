@@ -305,6 +305,7 @@ def test_a_recipe_may_be_a_file(model: Path, tmp_path: Path, capsys: pytest.Capt
         (("{model}", "{tmp}/out", "--format", "modelopt"), "calibration"),
         (("{model}", "{tmp}/out", "--device", "cuda:9"), "--device: got 'cuda:9', which is not there"),
         (("{model}", "{tmp}/out", "--device", "gpu"), "--device: got 'gpu'"),
+        (("{model}", "{tmp}/out", "--device", "meta"), "--device: got 'meta', needed cpu or cuda"),
     ],
     ids=str,
 )
@@ -427,6 +428,16 @@ def test_compare_draws_what_people_would_rather_look_at(
     assert code == 0
     assert len(content["plots"]) == 3
     assert all(Path(plot).read_bytes().startswith(b"\x89PNG") for plot in content["plots"])
+
+
+def test_compare_finds_out_after_its_work_that_it_cannot_draw(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "file").write_text("")
+    code, out, err = run(capsys, "compare", tmp_path / "no checkpoint", "--to", model, "--plot", tmp_path / "file")
+    assert (code, out) == (1, "")
+    assert re.fullmatch(r"fouroversix: error: .*File exists.*\n", err)
 
 
 def test_version_needs_neither_torch_nor_an_engine() -> None:

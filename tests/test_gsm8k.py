@@ -441,7 +441,7 @@ FAULTS = {
     "half-written JSON": Reply(raw=b'{"choices": [{"te'),
     "no object": Reply([1]),
     "not UTF-8": Reply(raw=b"\xff\xfe\xfa"),
-    "timeout": Reply({}, delay=0.6),
+    "timeout": Reply({}, delay=3),
 }
 
 
@@ -454,8 +454,9 @@ def test_passing_faults_are_retried(tmp_path: Path, data: list[str], fault: Repl
         seen[asked(body)] += 1
         return fault if seen[asked(body)] <= 2 and asked(body) < 4 else right(path, body)
 
+    patience = "1.5" if fault.delay else "30"  # a busy machine is slow without any fault
     with FakeServer(answer).running() as server:
-        assert run(server, tmp_path / "out.json", *data, "--timeout", "0.3") == 0
+        assert run(server, tmp_path / "out.json", *data, "--timeout", patience) == 0
     assert result(tmp_path / "out.json")["accuracy"] == 1
     assert [seen[i] for i in range(5)] == [3, 3, 3, 3, 1]
 
@@ -579,6 +580,19 @@ def test_a_log_of_other_settings_is_refused(
     out.with_suffix(".jsonl").write_text("[1, 2]\n")
     with pytest.raises(gsm8k_data.InputError, match="no log of this script"):
         gsm8k_log.RunLog(out.with_suffix(".jsonl"), {})
+
+
+@pytest.mark.parametrize("text", ['{"question": "1 + 1", "answer": "#### 2"}', '{"question": 1}\n{"question": 2}', "{"])
+def test_a_file_of_somebody_else_is_written_to(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "test.jsonl"
+    path.write_text(text)
+    if text == "{":  # as a run begins that ended at once
+        gsm8k_log.RunLog(path, {})
+        assert path.read_text() == '{"settings": {}}\n'
+        return
+    with pytest.raises(gsm8k_data.InputError, match="no log of this script"):
+        gsm8k_log.RunLog(path, {})
+    assert path.read_text() == text
 
 
 def test_two_runs_cannot_write_one_log(tmp_path: Path) -> None:

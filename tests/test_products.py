@@ -432,7 +432,6 @@ def test_a_call_waits_for_the_gpu(products: Products, activations: Recipe | None
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.skipif(not hasattr(kernels, "batch_invariant"), reason="no backend can be asked for it yet")
 @by_scheme
 @by_dtype
 @pytest.mark.parametrize("shape", [(144, 80), (48, 14336), (4112, 1536)], ids=str)
