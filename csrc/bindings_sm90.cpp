@@ -76,8 +76,10 @@ std::tuple<Tensor, Tensor> from_tiles(Tensor codes, Tensor block_scale, int64_t 
   const int64_t pieces = static_cast<int64_t>(s.experts) * s.tiles * s.steps;
   STD_TORCH_CHECK(codes.numel() == pieces * cuda::kCodeBytes && block_scale.numel() == pieces * cuda::kScaleBytes,
                   "codes: got ", codes.numel(), " bytes, needed ", pieces * cuda::kCodeBytes);
-  codes = torch::stable::contiguous(codes);
-  block_scale = torch::stable::contiguous(block_scale);
+  check(codes, "codes", ScalarType::Byte, codes);
+  check(block_scale, "block_scale", ScalarType::Byte, codes);
+  codes = readable(codes);
+  block_scale = readable(block_scale);
   shape.insert(shape.end(), {rows, columns / 2});
   Tensor packed = torch::stable::new_empty(codes, shape, ScalarType::Byte);
   shape.back() = columns / kBlock;
@@ -111,8 +113,8 @@ cuda::Gemm describe(Tensor& x, Tensor& codes, Tensor& block_scale, Tensor& decod
   check(codes, "codes", ScalarType::Byte, x);
   check(block_scale, "block_scale", ScalarType::Byte, x);
   check(decode_scale, "decode_scale", ScalarType::Float, x);
-  codes = readable(codes);
-  block_scale = readable(block_scale);
+  // No copies: kernels read weights before they wait for the kernel before.
+  STD_TORCH_CHECK(is_readable(codes) && is_readable(block_scale), "codes: needed a prepared weight as it is");
   decode_scale = readable(decode_scale);
   const bool gated = output == cuda::Output::gated;
   const int64_t weight_rows = gated ? 2 * outputs : outputs, experts = decode_scale.numel() / weight_rows;
@@ -161,6 +163,7 @@ Tensor linear(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, O
   const bool few = launch.tokens <= cuda::kFewRows, sliced = !few && launch.strips > 1;
   const int most_strips = few ? 8 : launch.tokens == 64 || launch.tokens == 128 ? 2 : 1;
   const int most_split = few ? 1 : sliced ? cuda::kMostSlices : cuda::kMostSplit;
+  STD_TORCH_CHECK(!few || g.rows <= launch.tokens, "tokens: got ", launch.tokens, " for ", g.rows, " rows");
   STD_TORCH_CHECK(launch.strips >= 1 && launch.strips <= most_strips, "strips: got ", launch.strips, ", needed 1 to ",
                   most_strips, " with ", launch.tokens, " tokens a tile");
   STD_TORCH_CHECK(launch.split >= 1 && launch.split <= most_split, "split: got ", launch.split, ", needed 1 to ",

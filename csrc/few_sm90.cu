@@ -380,8 +380,9 @@ cudaError_t launch(const Gemm& g, cudaStream_t stream) {
   plan.slot_bytes = kBoxes ? kTokens * plan.warps * kPairBytes : plan.slot_rows * plan.pitch;
   const int room = (kSharedMemory - fixed_bytes(kTokens)) / plan.slot_bytes;
   plan.chunks = (plan.pairs + plan.warps - 1) / plan.warps;
-  // Blocks that follow are brought while one is in use.
-  plan.slots = !kExperts && plan.chunks < room ? plan.chunks : room < kMostSlots ? room : kMostSlots;
+  const int most = room < kMostSlots ? room : kMostSlots;
+  // Of experts, blocks that follow are brought while one is in use.
+  plan.slots = !kExperts && plan.chunks < most ? plan.chunks : most;
   if (g.columns % (2 * kStep) != 0 && plan.chunks > 1) return cudaErrorInvalidValue;
   const int64_t units = static_cast<int64_t>(g.block_limit) * plan.row_units;
   const int ctas = static_cast<int>(units < g.multiprocessors ? units : g.multiprocessors);

@@ -68,13 +68,6 @@ __device__ __forceinline__ void arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// One thread of the warp does, whichever. All of them call it.
-__device__ __forceinline__ void arrive_for_warp(uint32_t barrier) {
-  asm volatile(
-      "{\n.reg .pred p;\nelect.sync _|p, 0xFFFFFFFF;\n@p mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(barrier)
-      : "memory");
-}
-
 __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
   uint32_t done;
   do {

@@ -41,12 +41,16 @@ inline const float* floats(const OptionalTensor& tensor) {
 }
 
 // Contiguous, and where vectors of 16 bytes can be read: a view may begin anywhere.
+inline bool is_readable(const Tensor& tensor) {
+#if defined(FOS_CUDA)
+  if (reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 != 0) return false;
+#endif
+  return tensor.is_contiguous();
+}
+
 inline Tensor readable(Tensor tensor) {
   tensor = torch::stable::contiguous(tensor);
-#if defined(FOS_CUDA)
-  if (reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 != 0) tensor = torch::stable::clone(tensor);
-#endif
-  return tensor;
+  return is_readable(tensor) ? tensor : torch::stable::clone(tensor);
 }
 
 #if defined(FOS_CUDA)

@@ -57,8 +57,11 @@ def on_hopper() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-# Less than a tile, an odd number of them, no whole steps, more tiles than there are teams to take them at once.
-@pytest.mark.parametrize("shape", [(16, 16), (48, 80), (272, 1936), (1040, 576), (512, 4096), (34048, 192)], ids=str)
+# Less than a tile, an odd number of them, no whole steps, more tiles than there are teams to take them at once, more
+# pieces of x than the kernel for few rows has barriers for.
+@pytest.mark.parametrize(
+    "shape", [(16, 16), (48, 80), (272, 1936), (1040, 576), (512, 4096), (34048, 192), (144, 33792)], ids=str
+)
 def test_a_launch_changes_a_whole_number(shape: tuple[int, int], dtype: torch.dtype) -> None:
     g = generator("cuda", "launch", shape, dtype)
     weight = whole_weight(*shape, g=g)

@@ -48,6 +48,7 @@ _ISAS: Final = {
 }
 NVCC_STRICT: Final = ("-fmad=false", "-prec-div=true", "-prec-sqrt=true", "-ftz=false")
 _CUDA_DTYPES: Final = ("bf16", "fp16", "fp32")
+LEAST_CAPABILITY: Final = (8, 0)
 HOPPER: Final = (9, 0)
 
 
@@ -71,8 +72,17 @@ def csrc() -> Path:
 
 
 def cache_directory() -> Path:
+    """Where libraries are kept, whether it is there yet or not.
+
+    Raises:
+        BuildError: the user has no home, and XDG_CACHE_HOME names no place.
+    """
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache") / "fouroversix" / "kernels"
+    try:
+        cache = Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache"
+    except RuntimeError as error:
+        raise BuildError(f"nowhere to keep compiled kernels: {error}; set XDG_CACHE_HOME") from error
+    return cache / "fouroversix" / "kernels"
 
 
 def reason(name: Name) -> str | None:
@@ -269,14 +279,21 @@ def product_commands(compiler: str) -> list[tuple[str, ...]]:
     ]
 
 
+def too_old(capability: tuple[int, int]) -> str:
+    """Of the oldest GPU that is visible: kernels are for all of them."""
+    hide = "" if torch.cuda.device_count() == 1 else " (CUDA_VISIBLE_DEVICES hides a GPU)"
+    return f"compute capability {capability[0]}.{capability[1]}, needed 8.0 or above{hide}"
+
+
 def _cuda_recipe() -> _Recipe:
     if torch.version.cuda is None:
         raise BuildError("this torch is built without CUDA")
     if not torch.cuda.is_available():
         raise BuildError("no CUDA device")
-    capabilities = sorted({torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())})
-    if capabilities[0] < (8, 0):
-        raise BuildError(f"compute capability {capabilities[0][0]}.{capabilities[0][1]}, needed 8.0 or above")
+    devices = range(torch.cuda.device_count())
+    capabilities = sorted({torch.cuda.get_device_capability(index) for index in devices})
+    if capabilities[0] < LEAST_CAPABILITY:
+        raise BuildError(too_old(capabilities[0]))
     compiler = nvcc()
     include, libraries = _torch_flags()
     machine = tuple(flag for capability in capabilities for flag in architecture_flags(capability))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Final, get_args
 
 import torch
@@ -28,7 +29,7 @@ _LARGE_TILE_ROWS: Final = 192
 _FEW_ROWS: Final = 8
 """Tiles of as many rows are the kernel's for few rows, which finds them anywhere in x."""
 
-_batch_invariant = False
+_batch_invariant = ContextVar("_batch_invariant", default=False)
 
 
 def reason(device: torch.device) -> str | None:
@@ -43,17 +44,16 @@ def reason(device: torch.device) -> str | None:
 
 @contextmanager
 def batch_invariant(on: bool) -> Iterator[None]:
-    """Within it, no row's result depends on how many other rows a call has.
+    """Within it, no row's result of this thread depends on how many other rows a call has.
 
     Elsewhere M, and how the chip groups its multiprocessors, decide how thread blocks share the sum over K, and with it
     the order of fp32 additions.
     """
-    global _batch_invariant
-    before, _batch_invariant = _batch_invariant, on
+    before = _batch_invariant.set(on)
     try:
         yield
     finally:
-        _batch_invariant = before
+        _batch_invariant.reset(before)
 
 
 def prepare(packed: Tensor, block_scale: Tensor, gated: bool) -> tuple[Tensor, Tensor]:
@@ -88,7 +88,7 @@ def linear(
 ) -> Tensor:
     """((x W^T) * token_scale) * decode_scale + bias in fp32, rounded to the dtype of x: [M, N]."""
     out: Tensor = torch.ops.fouroversix_cuda.linear(
-        x, codes, block_scale, decode_scale, token_scale, bias, _batch_invariant, 0, 1, 1
+        x, codes, block_scale, decode_scale, token_scale, bias, _batch_invariant.get(), 0, 1, 1
     )
     return out
 
@@ -124,15 +124,17 @@ def moe(
     topk_ids, topk_weights = topk_ids.contiguous(), topk_weights.float()
     on_input = apply_router_weight_on_input
     tokens = _rows_of_a_tile(topk_ids.numel(), experts, hidden, half)
-    # Quantizing x reads no id, and waits for what wrote them: rows can be sorted meanwhile.
-    token_scale = None
-    if beside := activations is not None and not on_input:
+    # Quantizing x reads no id, and waits for what wrote them: rows can be sorted meanwhile. But not where it reads a
+    # copy of x: that memory may already be what sorting writes to.
+    token_scale, beside = None, False
+    if quantizes := activations is not None and not on_input:
+        beside = x.is_contiguous() and x.data_ptr() % 16 == 0
         x, token_scale = native.quantize_values(x, activations, input_amax, False)
     gathers = tokens > _FEW_ROWS or on_input
     row_of_slot, slot_of_row, token_of_row, blocks, in_use = kernels.route(topk_ids, experts, tokens, beside, gathers)
     if gathers:
         x, row_scale = kernels.gather(x, row_of_slot, slot_of_row, topk_weights if on_input else None, token_scale)
-        token_scale, token_of_row = row_scale if beside else None, None
+        token_scale, token_of_row = row_scale if quantizes else None, None
     if activations is not None and on_input:
         x, token_scale = native.quantize_values(x, activations, input_amax, False)
     pinned = activations is not None and activation == "silu"
@@ -153,7 +155,7 @@ def moe(
 def _rows_of_a_tile(slots: int, experts: int, *columns: int) -> int:
     """Rows of x that a tile multiplies: about all that an expert has, so that its weights are unpacked once."""
     # The kernel for few rows shares out a sum as suits their number, and holds whole pairs of steps or one piece of x.
-    few = not _batch_invariant and all(k % 128 == 0 or k <= 2048 for k in columns)
+    few = not _batch_invariant.get() and all(k % 128 == 0 or k <= 2048 for k in columns)
     rows = slots / experts
     if few and 1.5 * rows <= _FEW_ROWS:
         return _FEW_ROWS

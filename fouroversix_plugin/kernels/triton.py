@@ -18,11 +18,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from fouroversix_plugin.kernels import build
 from fouroversix_plugin.nvfp4 import ScaleLayout, check_columns, padded_scale_shape
 from fouroversix_plugin.recipe import BLOCK_SIZE, Granularity, Recipe
 
 DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
-_LEAST_CAPABILITY: Final = (8, 0)
 # Experts a program looks at in one step, together with its rows: 16 numbers a thread.
 _ROWS_TIMES_EXPERTS: Final = 4096
 
@@ -35,13 +35,13 @@ def reason() -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA device"
     least = min(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
-    if least < _LEAST_CAPABILITY:
-        return f"compute capability {least[0]}.{least[1]}, needed 8.0 or above"
+    if least < build.LEAST_CAPABILITY:
+        return build.too_old(least)
     try:
         # What launches kernels is compiled on the machine: without a C compiler, here is where it fails.
         importlib.import_module("triton").runtime.driver.active.get_current_target()
     except Exception as error:  # of any kind: Triton's, a compiler's, an import's
-        return f"Triton does not work: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        return f"Triton does not work: {type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
     return None
 
 
