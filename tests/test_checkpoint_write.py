@@ -384,6 +384,36 @@ def test_columns_that_no_block_divides_are_left_alone_and_said_so(tmp_path: Path
     assert Scheme.from_dict(config["quantization_config"]).ignores("odd")
 
 
+def test_layers_that_predict_more_tokens_are_quantized(tmp_path: Path) -> None:
+    names = [f"model.layers.{layer}.mlp.down_proj" for layer in (0, 1, 2, 10)] + ["model.layers.2.eh_proj"]
+    source = single(tmp_path / "source", {f"{name}.weight": torch.ones(4, 32) for name in names})
+    config = json.loads((source / "config.json").read_text())
+    for changed, left in (
+        (config | {"num_hidden_layers": 2, "num_nextn_predict_layers": 1}, 2),
+        (config | {"text_config": {"num_hidden_layers": 2, "num_nextn_predict_layers": 9}}, 3),
+        (config | {"num_hidden_layers": 2, "num_nextn_predict_layers": 10**12}, 3),
+        (config | {"num_hidden_layers": 2}, 1),
+    ):
+        (source / "config.json").write_text(json.dumps(changed))
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        quantize_checkpoint(source, tmp_path / "out", preset("w4a16"))
+        after = everything(tmp_path / "out")
+        assert len([name for name in names if f"{name}.weight_scale" not in after]) == left
+        scheme = Scheme.from_dict(json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"])
+        assert all(scheme.ignores(name) == (f"{name}.weight_scale" not in after) for name in names)
+
+
+def test_weights_that_engines_turn_around_are_quantized(tmp_path: Path) -> None:
+    names = {"transformer.h.0.attn.c_attn": (32, 96), "transformer.h.0.mlp.other": (4, 32)}
+    source = single(tmp_path / "source", {f"{name}.weight": torch.ones(shape) for name, shape in names.items()})
+    config = json.loads((source / "config.json").read_text()) | {"model_type": "gpt2"}
+    (source / "config.json").write_text(json.dumps(config))
+    plan = quantize_checkpoint(source, tmp_path / "out", SCHEME)
+    assert [alone.reason for alone in plan.left_alone] == ["stored as [K, N], which engines turn around"]
+    assert plan.scheme.ignores("transformer.h.0.attn.c_attn")
+    assert not plan.scheme.ignores("transformer.h.0.mlp.other")
+
+
 @pytest.mark.parametrize("columns", [16, 48, 80, 5136])
 def test_columns_of_whole_blocks_are_quantized_whatever_a_kernel_pads_to(tmp_path: Path, columns: int) -> None:
     weight = torch.randn(5, columns, generator=torch.Generator().manual_seed(3))

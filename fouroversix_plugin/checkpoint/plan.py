@@ -140,6 +140,7 @@ def make_plan(source: Source, scheme: Scheme, format: str = OURS.name, max_shard
             "which this conversion does not make; quantize activations per token in our own format, or use a W4A16 "
             "recipe such as `w4a16` (the weights are the same)"
         )
+    scheme = replace(scheme, ignore=scheme.ignore + _layers_behind_the_last(source))
     groups: dict[str, list[Matrix]] = {}
     units: list[tuple[str, list[Output]]] = []
     linear: list[LeftAlone] = []
@@ -148,7 +149,7 @@ def make_plan(source: Source, scheme: Scheme, format: str = OURS.name, max_shard
         if source.fp8_extra_of(name) is not None:
             continue
         matrices = source.matrices(name, stored) if not _ignored_as_a_whole(name, stored, scheme) else None
-        reason = _why_left_alone(name, stored, matrices, scheme)
+        reason = _why_left_alone(source, name, stored, matrices, scheme)
         if reason is None:
             assert matrices is not None
             for matrix in matrices:
@@ -174,6 +175,20 @@ def make_plan(source: Source, scheme: Scheme, format: str = OURS.name, max_shard
     )
 
 
+def _layers_behind_the_last(source: Source) -> tuple[str, ...]:
+    """Globs of the layers for multi-token prediction (MTP), where DeepSeek's models and their like keep them."""
+    config = source.checkpoint.config
+    for part in (config, config.get("text_config")):
+        if not isinstance(part, Mapping):
+            continue
+        layers, more = part.get("num_hidden_layers"), part.get("num_nextn_predict_layers")
+        if type(layers) is int and type(more) is int:
+            names = "\n".join(source.checkpoint.tensors)
+            found = {int(number) for number in re.findall(r"^(?:.*\.)?layers\.(\d+)\.", names, re.MULTILINE)}
+            return tuple(f"*.layers.{n}.*" for n in sorted(found) if layers <= n < layers + more)
+    return ()
+
+
 def group_of(module: str) -> str:
     """The name of what shares one amax with ``module``: itself, unless engines merge it with its siblings."""
     parent, _, name = module.rpartition(".")
@@ -187,9 +202,13 @@ def _ignored_as_a_whole(name: str, stored: StoredTensor, scheme: Scheme) -> bool
     return len(stored.shape) == 3 and (scheme.ignores(module) or scheme.ignores(module.rpartition(".")[0]))
 
 
-def _why_left_alone(name: str, stored: StoredTensor, matrices: list[Matrix] | None, scheme: Scheme) -> str | None:
+def _why_left_alone(
+    source: Source, name: str, stored: StoredTensor, matrices: list[Matrix] | None, scheme: Scheme
+) -> str | None:
     """The reason, or None for a tensor that is quantized."""
     if matrices is None:
+        if source.is_transposed(name):
+            return "stored as [K, N], which engines turn around"
         if stored.dtype in FP8 and (name.endswith(".weight") or len(stored.shape) == 3):
             raise CheckpointError(f"{name}: got {stored.dtype} of shape {stored.shape}, needed FP8 in 2-D weights only")
         if _ignored_as_a_whole(name, stored, scheme):

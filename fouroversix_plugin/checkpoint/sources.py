@@ -27,6 +27,9 @@ _SCALES: Final = ("weight_scale_inv", "weight_scale")
 _FP8_EXTRAS: Final = (*_SCALES, "input_scale", "activation_scale", "input_scale_ub")
 """What an FP8 checkpoint keeps beside a weight; meaningless once the weight is NVFP4."""
 
+_TRANSPOSED: Final[Mapping[str, tuple[str, ...]]] = {"gpt2": ("c_attn", "c_fc", "c_proj", "q_attn")}
+"""Names of Conv1D modules, whose weights are [K, N], by model type."""
+
 _STACKED: Final = {
     "gate_up_proj": ("gate_proj", "up_proj"),
     "gate_proj": ("gate_proj",),
@@ -103,6 +106,8 @@ class Source:
         Raises:
             CheckpointError: an FP8 weight without a usable scale, or experts stacked in a way not known.
         """
+        if self.is_transposed(name):
+            return None
         module, _, last = name.removesuffix(".weight").rpartition(".")
         if name.endswith(".weight") and len(stored.shape) == 2:
             whole = name.removesuffix(".weight")
@@ -111,6 +116,12 @@ class Source:
         if len(stored.shape) == 3 and (fnmatch.fnmatchcase(module, "*.experts") or ".experts." in name):
             return self._stacked(name, module, last, stored)
         return None
+
+    def is_transposed(self, name: str) -> bool:
+        """Whether the tensor ``name`` is the weight of a Conv1D module, as GPT-2 has in the place of linear ones."""
+        module, _, last = name.rpartition(".")
+        names = _TRANSPOSED.get(str(self.checkpoint.config.get("model_type")), ())
+        return last == "weight" and module.rpartition(".")[2] in names
 
     def read(self, matrix: Matrix, first: int, last: int) -> Tensor:
         """Rows ``first`` to ``last`` of a matrix, in its own dtype; FP8 ones times their scales, in fp32."""

@@ -162,8 +162,16 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(stream.fileno())
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def copy_file(source: Path, target: Path) -> None:
+    """The same for a copy, which appears under its name whole."""
+    growing = target.with_name(target.name + ".tmp")
+    shutil.copyfile(source, growing)
+    _sync(growing)
+    growing.rename(target)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

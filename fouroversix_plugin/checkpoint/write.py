@@ -10,7 +10,6 @@ import hashlib
 import logging
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +34,15 @@ from fouroversix_plugin.checkpoint.files import (
 )
 from fouroversix_plugin.checkpoint.plan import MAX_SHARD_SIZE, Output, Plan, Shard, group_of, make_plan
 from fouroversix_plugin.checkpoint.sources import Matrix, Source
-from fouroversix_plugin.checkpoint.target import check_target, publish, published, unfinished, write_json, write_text
+from fouroversix_plugin.checkpoint.target import (
+    check_target,
+    copy_file,
+    publish,
+    published,
+    unfinished,
+    write_json,
+    write_text,
+)
 from fouroversix_plugin.formats import COMPRESSED_TENSORS, MODELOPT, OURS, Part
 from fouroversix_plugin.kernels import select
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
@@ -163,7 +170,7 @@ def _carry_out(plan: Plan, folder: Path, device: torch.device, progress: Progres
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(folder / INDEX, index)
     for path in others:
-        shutil.copyfile(path, folder / path.name)
+        copy_file(path, folder / path.name)
     write_text(folder / CARD, card)
     if plan.format is MODELOPT:
         write_json(folder / HF_QUANT_CONFIG, hf_quant_config(plan))
