@@ -42,6 +42,18 @@ def test_memory_is_held_before_the_first_tensor_or_after_the_last() -> None:
     assert_same_bytes(weight.take(), quantize_weight("layer", whole, RECIPE))
 
 
+def test_a_tensor_that_comes_twice_stands_for_another() -> None:
+    data, weight = arriving((64, 32), 32)
+    load = loader(weight, lambda param, given, at: param[at : at + 32].copy_(given))
+    whole = values(64, 32)
+    for _ in range(2):
+        load(data, whole[:32], 0)
+    with pytest.raises(ValueError, match=r"layer\.weight: got nothing"):
+        weight.take()
+    load(data, whole[32:], 32)
+    assert_same_bytes(weight.take(), quantize_weight("layer", whole, RECIPE))
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_scales_for_its_own_part(rank: int) -> None:
     whole = values(64, 64)

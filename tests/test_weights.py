@@ -2,6 +2,7 @@
 
 import math
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from conftest import assert_close, assert_same_bytes, assert_same_tensor, calc_d
 from torch import Tensor
 
 import fouroversix_plugin as fos
-from fouroversix_plugin import reference
+from fouroversix_plugin import formats, reference
 from fouroversix_plugin.formats import COMPRESSED_TENSORS, FOUROVERSIX, OURS, Format, Part
 from fouroversix_plugin.kernels import ops
 from fouroversix_plugin.nvfp4 import NVFP4Tensor, scales_to_layout
@@ -20,9 +21,11 @@ from fouroversix_plugin.serving.layer import (
     WeightShape,
     apply_linear,
     check_input_size,
+    check_loading_order,
     local_expert_ids,
     static_amax,
 )
+from fouroversix_plugin.serving.module import rows_in_checkpoint, take_stored
 from fouroversix_plugin.weights import quantize_weight, stored_weight
 
 E4M3 = torch.float8_e4m3fn
@@ -286,6 +289,41 @@ def test_a_split_through_a_block_names_the_splits_that_are_none(full: int, tp: i
     if sizes:
         for size in sizes.split(", "):
             check_input_size("mlp.down_proj", full // int(size), full)
+
+
+# --- layer: how it is loaded ---
+
+
+def test_ranks_that_load_in_an_order_of_their_own_quantize_together() -> None:
+    threads = {"enable_multithread_load": True}
+    with pytest.raises(ValueError, match=r"^mlp: got enable_multithread_load with 2 ranks .*`fouroversix quantize`"):
+        check_loading_order("mlp", 2, "auto", threads)
+    with pytest.raises(ValueError, match=r"^mlp: got --load-format runai_streamer with 4 ranks"):
+        check_loading_order("mlp", 4, "runai_streamer", {})
+    check_loading_order("mlp", 1, "runai_streamer", threads)
+    check_loading_order("mlp", 2, "auto", {"enable_multithread_load": False})
+    check_loading_order("mlp", 2, "auto", object())
+
+
+def test_a_projection_that_is_stored_fused_has_the_rows_of_its_copies() -> None:
+    class QKV:
+        total_num_heads, total_num_kv_heads, head_size, v_head_size = 32, 2, 128, 96
+
+    of = {None: 32 * 128 + 2 * 128 + 2 * 96, "q": 4096, "k": 256, "v": 192}
+    assert {shard: rows_in_checkpoint(QKV(), 5120, shard) for shard in of} == of
+    merged = SimpleNamespace(output_sizes=[64, 48])
+    assert [rows_in_checkpoint(merged, 112, shard) for shard in (None, 1, "other")] == [112, 48, None]
+
+
+def test_static_input_scales_are_not_kept_when_weights_are_loaded_again() -> None:
+    """vLLM's reload_weights copies into buffers that are persistent, and puts the old ones back of others."""
+    scheme = fos.preset("nvfp4_static")
+    form = formats.MODELOPT
+    layer = torch.nn.Module()
+    for part in WeightShape(32, 32, 32, shards=1).stored(form):
+        layer.register_parameter(part.name, torch.nn.Parameter(torch.ones_like(part.empty), requires_grad=False))
+    take_stored(layer, "", "mlp", form, scheme, [32])
+    assert "input_amax" in layer.state_dict()
 
 
 # --- layer: what a loader is given ---

@@ -56,6 +56,7 @@ class ArrivingWeight:
         self._name, self._data, self._full_columns, self._recipe = name, data, full_columns, recipe
         self._nbytes = data.untyped_storage().nbytes()
         self._missing = data.numel()
+        self._filled: set[tuple[int, int]] = set()
         self._amax: Tensor | None = None
         self._quantized: NVFP4Tensor | None = None
         # Some models load from several threads.
@@ -103,7 +104,9 @@ class ArrivingWeight:
 
     def _note(self, given: Tensor, copies: list[tuple[int, int]]) -> None:
         copied = sum(values for _, values in copies)
-        self._missing -= copied
+        # What comes twice, from files that overlap, does not stand for what never comes.
+        self._missing -= sum(values for offset, values in {*copies} - self._filled)
+        self._filled.update(copies)
         if copied in (0, given.numel()):
             return
         # Only a part of it lies here; all of it decides what the weight is scaled for.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,25 @@ def check_input_size(layer: str, per_rank: int, full: int) -> None:
         sizes = [str(tp) for tp in range(1, 65) if full % (tp * BLOCK_SIZE) == 0]
         remedy = f"use a tensor parallel size of {', '.join(sizes)}, or add {layer!r} to `ignore`"
     raise ValueError(f"{layer}: K per rank: got {per_rank}, needed a multiple of {BLOCK_SIZE}; {remedy}")
+
+
+def check_loading_order(layer: str, ranks: int, load_format: str, extra: object) -> None:
+    """Refuse loaders of which each rank may finish another layer first: ranks find the amax of a layer together.
+
+    Args:
+        extra: the loader's own options.
+
+    Raises:
+        ValueError: with the option that decides it.
+    """
+    threads = isinstance(extra, Mapping) and bool(extra.get("enable_multithread_load"))
+    if ranks == 1 or not (threads or load_format == "runai_streamer"):
+        return
+    got = "enable_multithread_load" if threads else f"--load-format {load_format}"
+    raise ValueError(
+        f"{layer}: got {got} with {ranks} ranks that quantize weights while loading, needed tensors in the same order "
+        "on all of them; leave it out, or serve a checkpoint that `fouroversix quantize` wrote"
+    )
 
 
 @dataclass(frozen=True, slots=True)

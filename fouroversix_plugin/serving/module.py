@@ -55,19 +55,24 @@ def take_stored(layer: Any, stem: str, name: str, form: Format, scheme: Scheme, 
             delattr(layer, stem + spelled)
     if scheme.input_scale == "static" and scheme.activations is not None:
         amax = static_amax(name, parts["input_scale"])
-        # As a buffer: it moves with the layer and compiled graphs read it.
-        layer.register_buffer(f"{stem}input_amax", amax, persistent=False)
+        # As a buffer: it moves with the layer and compiled graphs read it. Persistent: of others, engines that load
+        # weights again keep the old values.
+        layer.register_buffer(f"{stem}input_amax", amax)
     return stored_weight(name, parts["packed"], parts["block_scale"], parts["decode_scale"], widths, scheme.weights)
 
 
 def rows_in_checkpoint(layer: Any, output_size: int, shard: Any) -> int | None:
-    """N of a shard over all ranks, by what merged layers know of themselves; None where they know nothing."""
+    """N of a shard over all ranks, by what merged layers know of themselves; None where they know nothing.
+
+    ``output_size``: the engine's, which counts the copies of key and value heads that there are fewer of than ranks.
+    """
+    if hasattr(layer, "total_num_kv_heads") and shard in (None, "q", "k", "v"):
+        size, v_size = layer.head_size, getattr(layer, "v_head_size", layer.head_size)
+        q, kv = layer.total_num_heads, layer.total_num_kv_heads
+        rows = {"q": q * size, "k": kv * size, "v": kv * v_size}
+        return int(rows[shard] if shard else sum(rows.values()))
     if shard is None:
         return output_size
-    if shard in ("q", "k", "v") and hasattr(layer, "total_num_kv_heads"):
-        heads = layer.total_num_heads if shard == "q" else layer.total_num_kv_heads
-        size = getattr(layer, "v_head_size", layer.head_size) if shard == "v" else layer.head_size
-        return int(heads * size)
     sizes = getattr(layer, "output_sizes", None)
     return int(sizes[shard]) if isinstance(shard, int) and sizes is not None else None
 

@@ -134,6 +134,8 @@ def see_checkpoint(made: Any, model_config: Any, load_config: Any) -> None:
     made.random_weights = load_config.load_format == "dummy"
     if made.random_weights and made.stored is not None:
         refuse_random_bytes(model_config.model_path)
+    if made.stored is None:
+        _refuse_offloading()
 
 
 def with_fused_experts(found: tuple[Any, str], model_config: Any) -> tuple[Any, str] | None:
@@ -157,6 +159,16 @@ def _refuse_tokenizer_workers() -> None:
         )
 
 
+def _refuse_offloading() -> None:
+    """SGLang moves weights away before they are loaded, when those that are quantized on arrival have no memory yet."""
+    for name in ("cpu_offload_gb", "offload_group_size"):
+        if (got := getattr(server_args(), name, 0)) > 0:
+            raise ValueError(
+                f"--{name.replace('_', '-')}: got {got}, needed none with weights that are quantized while loading; "
+                "leave the flag out, or serve a checkpoint that `fouroversix quantize` wrote"
+            )
+
+
 def _json(model: str, file: str, **where: Any) -> dict[str, Any] | None:
     """A file of a checkpoint, in a folder or on the hub, or None where it has no such file."""
     path = cached_file(
@@ -166,4 +178,5 @@ def _json(model: str, file: str, **where: Any) -> dict[str, Any] | None:
         _raise_exceptions_for_connection_errors=False,
         **where,
     )
-    return None if path is None else read_json(Path(path))
+    # Some architectures write Infinity into theirs.
+    return None if path is None else read_json(Path(path), finite=file != "config.json")

@@ -90,6 +90,12 @@ class StoredLinearMethod(_LinearMethod):
 
     def _create(self, layer: Any, shape: neutral.WeightShape, dtype: torch.dtype, loader: Callable[..., Any]) -> None:
         check_loads_weights(self.prefix)
+        if self.scheme.input_scale == "static" and self.prefix.endswith("kv_b_proj"):
+            # vLLM's latent attention takes the weight out of a product with ones, which these scales are not for.
+            raise ValueError(
+                f"{self.prefix}: got static activations, needed others where vLLM unpacks a weight; serve with "
+                '"recipe": "nvfp4_4over6" or "w4a16"'
+            )
 
         def rows(*shard: Any, **named: Any) -> int | None:
             return rows_in_checkpoint(layer, self.output_size, shard[0] if shard else None)
@@ -120,7 +126,7 @@ class OnlineLinearMethod(_LinearMethod):
         parameter = ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=loader)
         layer.register_parameter("weight", parameter)
         initialize_online_processing(layer)
-        self.loads_weights = loads_weights()
+        self.loads_weights = loads_weights(self.prefix, layer.tp_size)
 
     def _quantized(self, layer: Any) -> NVFP4Tensor:
         if self.loads_weights:
@@ -129,15 +135,21 @@ class OnlineLinearMethod(_LinearMethod):
         return quantize_weight(self.prefix, layer.weight.data, self.scheme.weights, reduce)
 
 
-def loads_weights() -> bool:
-    """Whether weights come from a checkpoint; ``--load-format dummy`` fills the memory itself. Known while building."""
-    load_format: object = get_current_vllm_config().load_config.load_format
-    return load_format != "dummy"
+def loads_weights(name: str, ranks: int) -> bool:
+    """Whether weights come from a checkpoint; ``--load-format dummy`` fills the memory itself. Known while building.
+
+    Args:
+        name: of the layer, for errors.
+        ranks: that quantize it together.
+    """
+    load = get_current_vllm_config().load_config
+    neutral.check_loading_order(name, ranks, str(load.load_format), load.model_loader_extra_config)
+    return bool(load.load_format != "dummy")
 
 
 def check_loads_weights(name: str) -> None:
     """Refuse to fill a stored weight with random bytes, which are no block scales."""
-    if not loads_weights():
+    if not loads_weights(name, 1):
         refuse_random_bytes(name)
 
 

@@ -172,7 +172,7 @@ class OnlineMoEMethod(_MoEMethod):
     def create_weights(self, layer: Any, *sizes: Any, **named: Any) -> None:
         super().create_weights(layer, *sizes, **named)
         initialize_online_processing(layer)
-        self.loads_weights = loads_weights()
+        self.loads_weights = loads_weights(self.prefix, self.moe.moe_parallel_config.tp_size)
 
     def _create(
         self, layer: Any, stem: str, shape: neutral.WeightShape, dtype: torch.dtype, attributes: dict[str, Any]
