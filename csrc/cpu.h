@@ -58,6 +58,16 @@ class StrictSubnormals {
 
  private:
   unsigned saved_;
+#elif defined(__aarch64__)
+ public:
+  StrictSubnormals() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved_));
+    asm volatile("msr fpcr, %0" ::"r"(uint64_t{0}));
+  }
+  ~StrictSubnormals() { asm volatile("msr fpcr, %0" ::"r"(saved_)); }
+
+ private:
+  uint64_t saved_;
 #else
  public:
   StrictSubnormals() {}
