@@ -20,6 +20,7 @@ from torch import Tensor
 from fouroversix_plugin.nvfp4 import padded_scale_shape, scales_from_layout
 from fouroversix_plugin.recipe import BLOCK_SIZE, QUANT_METHOD, Metric, Recipe, Scheme, mapping_at, strings_at
 from fouroversix_plugin.reference import global_scales
+from fouroversix_plugin.weights import check_full_precision
 
 Part = Literal["packed", "block_scale", "decode_scale", "input_scale", "metadata"]
 
@@ -229,6 +230,9 @@ def _modelopt(block: Mapping[str, Any]) -> Stored | None:
     size = settings.get("group_size", BLOCK_SIZE)
     if size != BLOCK_SIZE:
         raise ValueError(f"{where}.group_size: got {size!r}, needed {BLOCK_SIZE}")
+    for unknown in ("pre_quant_scale", "has_zero_point"):
+        if settings.get(unknown):
+            raise ValueError(f"{where}.{unknown}: got {settings[unknown]!r}, needed none")
     key = "exclude_modules" if "exclude_modules" in settings else "ignore"
     scheme = Scheme(
         weights=_PLAIN,
@@ -244,6 +248,8 @@ def _compressed_tensors(block: Mapping[str, Any]) -> Stored | None:
     groups = mapping_at(block.get("config_groups") or {}, f"{where}.config_groups")
     if block.get("format") != "nvfp4-pack-quantized":
         return None
+    if block.get("transform_config"):
+        raise ValueError(f"{where}.transform_config: got one, needed weights that are not transformed")
     if len(groups) != 1:
         raise ValueError(f"{where}.config_groups: got {sorted(groups)}, needed exactly one group, of NVFP4")
     (name, group), where = next(iter(groups.items())), f"{where}.config_groups"
@@ -317,6 +323,18 @@ def as_dtype(name: str, tensor: Tensor, needed: torch.dtype, *same_bytes: torch.
     if tensor.dtype != needed:
         raise ValueError(f"{name}: got {tensor.dtype}, needed {needed}; the tensor is not NVFP4")
     return tensor
+
+
+def check_arriving(name: str, given: Tensor, rows: int | None, full_columns: int) -> None:
+    """Raise ValueError unless ``given`` can be a part of the full-precision weight of the layer ``name``.
+
+    Args:
+        rows: N that it must have where it is a matrix, over all ranks, or None where that is not known.
+        full_columns: K over all ranks.
+    """
+    check_full_precision(f"{name}.weight", given.dtype)
+    if given.ndim == 2:
+        check_shape(f"{name}.weight", given, (given.shape[0] if rows is None else rows, full_columns))
 
 
 def check_shape(name: str, tensor: Tensor, needed: tuple[int, ...]) -> None:

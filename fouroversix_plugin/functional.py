@@ -7,11 +7,12 @@ from torch import Tensor
 
 from fouroversix_plugin.kernels import backends, select
 from fouroversix_plugin.nvfp4 import NVFP4Tensor, check_columns
-from fouroversix_plugin.recipe import Granularity, Recipe
+from fouroversix_plugin.recipe import Granularity, Recipe, Scheme
 
 __all__ = ["backends", "dequantize", "linear", "moe", "quantize"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_IDS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def quantize(
@@ -39,6 +40,7 @@ def quantize(
         ValueError: wrong dtype, shape, amax or backend.
     """
     recipe = Recipe() if recipe is None else recipe
+    _check_recipe("recipe", recipe)
     _check_matrix("x", x)
     if granularity not in ("tensor", "token"):
         raise ValueError(f"granularity: got {granularity!r}, needed 'tensor' or 'token'")
@@ -53,7 +55,13 @@ def quantize(
 
 
 def dequantize(q: NVFP4Tensor, dtype: torch.dtype = torch.float32, backend: str | None = None) -> Tensor:
-    """(e2m1 * block_scale) * decode_scale in fp32, rounded once to ``dtype``: [..., M, K]."""
+    """(e2m1 * block_scale) * decode_scale in fp32, rounded once to ``dtype``: [..., M, K].
+
+    Raises:
+        ValueError: another dtype than bf16, fp16 or fp32, or a backend that cannot.
+    """
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype: got {dtype}, needed bfloat16, float16 or float32")
     return select("dequantize", "", q.shape, q.device, backend).dequantize(q, dtype)
 
 
@@ -82,6 +90,7 @@ def linear(
     flat = _flat(x)
     _check_matrix("x", flat)
     N = _check_weight("q", q, flat, dims=2)[0]
+    _check_recipe("activations", activations)
     if bias is not None and tuple(bias.shape) != (N,):
         raise ValueError(f"bias: got shape {tuple(bias.shape)}, needed ({N},)")
     chosen = select("linear", _scheme(activations), q.shape, x.device, backend)
@@ -121,13 +130,16 @@ def moe(
     flat = _flat(x)
     _check_matrix("x", flat)
     E, twice_inner, H = _check_weight("w13", w13, flat, dims=3)
+    _check_recipe("activations", activations)
+    if twice_inner % 2:
+        raise ValueError(f"w13: got {twice_inner} rows, needed as many of gate as of up")
     needed = (E, H, twice_inner // 2)
     if tuple(w2.shape) != needed or w2.device != x.device:
         raise ValueError(f"w2: got {tuple(w2.shape)} on {w2.device}, needed {needed} on {x.device} for this w13 and x")
     if activation not in ("silu", "gelu", "gelu_tanh"):
         raise ValueError(f"activation: got {activation!r}, needed 'silu', 'gelu' or 'gelu_tanh'")
     weights, ids = _flat(topk_weights), _flat(topk_ids)
-    if weights.shape != ids.shape or ids.shape[0] != flat.shape[0] or ids.is_floating_point():
+    if weights.shape != ids.shape or ids.shape[0] != flat.shape[0] or ids.dtype not in _IDS:
         raise ValueError(
             f"topk_weights {tuple(topk_weights.shape)} and topk_ids {tuple(topk_ids.shape)} {topk_ids.dtype}: "
             f"needed the same shape, one row per token ({flat.shape[0]}), and integer ids"
@@ -139,6 +151,12 @@ def moe(
 
 def _scheme(activations: Recipe | None) -> str:
     return "W4A16" if activations is None else "W4A4"
+
+
+def _check_recipe(where: str, recipe: object) -> None:
+    if not isinstance(recipe, Recipe | None):
+        hint = "; a Scheme has two: .weights and .activations" if isinstance(recipe, Scheme) else ""
+        raise ValueError(f"{where}: got {type(recipe).__name__}, needed a Recipe{hint}")
 
 
 def _flat(x: Tensor) -> Tensor:

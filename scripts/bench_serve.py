@@ -152,7 +152,7 @@ def run_configuration(
         with hold():
             if process is not None:
                 end_group(process)
-            said = log.read_text(errors="replace")
+            said = log.read_text(errors="replace") if log.exists() else ""
             if measured.exists():
                 records += map(json.loads, measured.read_text().splitlines())
             if loaded := engine.LOADED.search(said):

@@ -106,9 +106,9 @@ VLLM = Engine(
     },
     handed={
         "vllm.config:VllmConfig": ("load_config", "lora_config"),
-        "vllm.config:LoadConfig": ("load_format",),
+        "vllm.config:LoadConfig": ("load_format", "model_loader_extra_config"),
         "vllm.distributed.parallel_state:GroupCoordinator": ("device_group",),
-        "vllm.model_executor.model_loader.reload.types:LayerReloadingInfo": ("load_numel",),
+        "vllm.model_executor.model_loader.reload.types:LayerReloadingInfo": ("load_numel", "loaded_weights"),
         "vllm.model_executor.models.utils:WeightsMapper": ("apply_list(_)",),
         f"{_LAYERS}.quantization.base_config:QuantizationConfig": ("packed_modules_mapping",),
         f"{_LAYERS}.linear:LinearBase": ("params_dtype", "tp_size"),
@@ -176,7 +176,7 @@ VLLM = Engine(
         f"{_MOE}.routed_experts": ("weight_loader", "quant_method", "block", "tensor"),
         f"{_MOE}.activation": ("silu", "gelu", "gelu_tanh"),
     },
-    variables=("self", "layer", "group", "hf_to_vllm_mapper"),
+    variables=("self", "layer", "group", "hf_to_vllm_mapper", "load_config"),
     not_theirs=(
         "register_parameter",
         "register_buffer",
@@ -307,7 +307,15 @@ SGLANG = Engine(
         f"{_SRT}.linear": ("weight_loader",),
         f"{_SRT}.moe.fused_moe_triton.layer": ("weight_loader", "quant_method", "block", "tensor"),
     },
-    variables=("self", "layer", "config", "hf_to_sglang_mapper", "model_config", "load_config", "dispatch_output"),
+    variables=(
+        "self",
+        "layer",
+        "config",
+        "hf_to_sglang_mapper",
+        "model_config",
+        "load_config",
+        "dispatch_output",
+    ),
     not_theirs=(
         "register_parameter",
         "register_buffer",

@@ -575,6 +575,12 @@ W = weight(32, 64)
         (lambda: fos.quantize(torch.ones(2, 16), amax=torch.ones(2)), r"amax: got shape \(2,\), needed \(\)"),
         (lambda: fos.quantize(torch.ones(2, 16), None, "token", 1.0), r"amax: got shape \(\), needed \(2,\)"),
         (lambda: fos.quantize(torch.ones(2, 16), amax=-1.0), "amax: got -1.0, needed magnitudes of 0 or more"),
+        (lambda: fos.quantize(torch.ones(2, 16), "mse"), "recipe: got str, needed a Recipe"),  # type: ignore[arg-type]
+        (lambda: fos.dequantize(W, torch.float64), "dtype: got torch.float64, needed bfloat16, float16 or float32"),
+        (
+            lambda: fos.linear(torch.ones(2, 64), W, fos.preset("nvfp4")),  # type: ignore[arg-type]
+            r"activations: got Scheme, needed a Recipe; a Scheme has two: \.weights and \.activations",
+        ),
         (lambda: fos.linear(torch.ones(2, 32), W), r"q: got \(32, 64\) on cpu, needed \[N, K\] with K = 32 on cpu"),
         (lambda: fos.linear(torch.ones(2, 64), W, bias=torch.ones(2)), r"bias: got shape \(2,\), needed \(32,\)"),
         (lambda: fos.linear(torch.ones(()), W), "got a 0-d tensor"),
@@ -583,6 +589,8 @@ W = weight(32, 64)
         (lambda: moe(w13=W), r"w13: got \(32, 64\) on cpu, needed \[E, 2I, K\]"),
         (lambda: moe(activation="relu"), "activation: got 'relu', needed 'silu', 'gelu' or 'gelu_tanh'"),
         (lambda: moe(topk_ids=torch.zeros(3, 1).int()), r"topk_weights \(3, 2\) and topk_ids \(3, 1\)"),
+        (lambda: moe(topk_ids=torch.zeros(3, 2).bool()), r"topk_ids \(3, 2\) torch.bool: needed .* integer ids"),
+        (lambda: moe(w13=quantize_weight("w13", torch.ones(4, 97, 64), Recipe())), "w13: got 97 rows"),
         (lambda: moe(topk_ids=torch.zeros(3, 2)), r"topk_ids \(3, 2\) torch.float32: needed .* integer ids"),
         (lambda: moe(x=torch.ones(4, 64)), r"one row per token \(4\)"),
     ],

@@ -391,6 +391,7 @@ def test_layers_that_predict_more_tokens_are_quantized(tmp_path: Path) -> None:
     for changed, left in (
         (config | {"num_hidden_layers": 2, "num_nextn_predict_layers": 1}, 2),
         (config | {"text_config": {"num_hidden_layers": 2, "num_nextn_predict_layers": 9}}, 3),
+        (config | {"num_hidden_layers": 11, "num_nextn_predict_layers": 1}, 1),
         (config | {"num_hidden_layers": 2, "num_nextn_predict_layers": 10**12}, 3),
         (config | {"num_hidden_layers": 2}, 1),
     ):
@@ -401,23 +402,34 @@ def test_layers_that_predict_more_tokens_are_quantized(tmp_path: Path) -> None:
         assert len([name for name in names if f"{name}.weight_scale" not in after]) == left
         scheme = Scheme.from_dict(json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"])
         assert all(scheme.ignores(name) == (f"{name}.weight_scale" not in after) for name in names)
+        if changed.get("num_hidden_layers") == 11:  # what vLLM calls MiMo's model.mtp_layers.0
+            assert scheme.ignores("model.layers.11.self_attn.qkv_proj")
 
 
 def test_weights_that_engines_turn_around_are_quantized(tmp_path: Path) -> None:
-    names = {"transformer.h.0.attn.c_attn": (32, 96), "transformer.h.0.mlp.other": (4, 32)}
+    names = {"h.0.attn.c_attn": (32, 96), "h.0.mlp.other": (4, 32)}
     source = single(tmp_path / "source", {f"{name}.weight": torch.ones(shape) for name, shape in names.items()})
     config = json.loads((source / "config.json").read_text()) | {"model_type": "gpt2"}
     (source / "config.json").write_text(json.dumps(config))
     plan = quantize_checkpoint(source, tmp_path / "out", SCHEME)
     assert [alone.reason for alone in plan.left_alone] == ["stored as [K, N], which engines turn around"]
     assert plan.scheme.ignores("transformer.h.0.attn.c_attn")
-    assert not plan.scheme.ignores("transformer.h.0.mlp.other")
+    assert not plan.scheme.ignores("h.0.mlp.other")
 
 
 @pytest.mark.parametrize("columns", [16, 48, 80, 5136])
 def test_columns_of_whole_blocks_are_quantized_whatever_a_kernel_pads_to(tmp_path: Path, columns: int) -> None:
     weight = torch.randn(5, columns, generator=torch.Generator().manual_seed(3))
     assert_same_bytes(stored(convert(tmp_path, {"w": weight}), "w"), reference_quantize(weight, Recipe()))
+
+
+@pytest.mark.parametrize("names", plan_module._FUSED, ids="+".join)
+def test_what_engines_merge_is_scaled_apart(tmp_path: Path, names: tuple[str, ...]) -> None:
+    weights = {f"a.{name}": torch.randn(8 * i, 32) * i for i, name in enumerate(names, 1)}
+    after = convert(tmp_path, weights)
+    amax = max(weight.abs().amax() for weight in weights.values())
+    for name, weight in weights.items():
+        assert_same_bytes(stored(after, name), reference_quantize(weight, Recipe(), "tensor", amax))
 
 
 def test_only_some_of_what_engines_fuse_having_whole_blocks_is_refused(tmp_path: Path) -> None:

@@ -231,6 +231,7 @@ def test_a_fused_layer_of_which_modelopt_excludes_a_part_is_refused() -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
+        ("transform_config", {"config_groups": {}}, "transform_config: got one, needed weights that are not"),
         ("config_groups.group_1", {}, "config_groups: got ['group_0', 'group_1'], needed exactly one group"),
         ("config_groups", {}, "config_groups: got [], needed exactly one group"),
         ("config_groups", None, "config_groups: got [], needed exactly one group"),

@@ -344,6 +344,10 @@ def test_presets_quantize_exactly_the_linear_layers() -> None:
         "mlp1.1",
         "audio_tower.layers.0.fc1",
         "multi_modal_projector.linear_1",
+        "mm_projector.linear_1",
+        "score",
+        f"{layer}.altup.modality_router",
+        f"{layer}.per_layer_input_gate",
         "model.connector.modality_projection.proj",
     ]
     scheme = preset("nvfp4_4over6")

@@ -350,6 +350,28 @@ BAD_TENSORS: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], Any], tupl
         lambda t: t.update({f"{O_PROJ}.weight": t[f"{O_PROJ}.weight"][:, :-8].contiguous()}),
         (f"{O_PROJ}.weight: got shape (256, 120), needed (256, 128)",),
     ),
+    "too long": (
+        "w4a16",
+        lambda t: t.update(
+            {f"{K_PROJ}.{part}": torch.cat([t[f"{K_PROJ}.{part}"]] * 2) for part in ("weight", "weight_scale")}
+        ),
+        ("model.layers.1.self_attn.qkv_proj.weight", "needed (128, 128)"),
+    ),
+    "codes where full precision is needed": (
+        "bf16",
+        lambda t: t.update({f"{O_PROJ}.weight": torch.ones(256, 256, dtype=torch.uint8)}),
+        (f"{O_PROJ}.weight: got torch.uint8, needed one of torch.bfloat16",),
+    ),
+    "full precision too long": (
+        "bf16",
+        lambda t: t.update({f"{K_PROJ}.weight": torch.cat([t[f"{K_PROJ}.weight"]] * 2)}),
+        ("model.layers.1.self_attn.qkv_proj.weight: got shape (256, 256), needed (128, 256)",),
+    ),
+    "full precision too wide for an expert": (
+        "bf16",
+        lambda t: t.update({f"{EXPERTS}.0.w2.weight": torch.cat([t[f"{EXPERTS}.0.w2.weight"]] * 2, 1)}),
+        (EXPERTS, "got shape", "needed"),
+    ),
     "too short": (
         "w4a16",
         lambda t: t.update({f"{O_PROJ}.weight": t[f"{O_PROJ}.weight"][:-8].contiguous()}),

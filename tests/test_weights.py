@@ -2,7 +2,6 @@
 
 import math
 import re
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +24,7 @@ from fouroversix_plugin.serving.layer import (
     local_expert_ids,
     static_amax,
 )
-from fouroversix_plugin.serving.module import rows_in_checkpoint, take_stored
+from fouroversix_plugin.serving.module import Unloaded, fill_all_shards, rows_in_checkpoint, take_stored
 from fouroversix_plugin.weights import quantize_weight, stored_weight
 
 E4M3 = torch.float8_e4m3fn
@@ -306,13 +305,58 @@ def test_ranks_that_load_in_an_order_of_their_own_quantize_together() -> None:
 
 
 def test_a_projection_that_is_stored_fused_has_the_rows_of_its_copies() -> None:
-    class QKV:
+    class QKVParallelLinear:
         total_num_heads, total_num_kv_heads, head_size, v_head_size = 32, 2, 128, 96
 
     of = {None: 32 * 128 + 2 * 128 + 2 * 96, "q": 4096, "k": 256, "v": 192}
-    assert {shard: rows_in_checkpoint(QKV(), 5120, shard) for shard in of} == of
-    merged = SimpleNamespace(output_sizes=[64, 48])
+    assert {shard: rows_in_checkpoint(QKVParallelLinear(), 5120, shard) for shard in of} == of
+
+    class MergedColumnParallelLinear:
+        output_sizes = (64, 48)
+
+    class OfAModel(MergedColumnParallelLinear):
+        """Counts copies on ranks."""
+
+    merged, of_a_model = MergedColumnParallelLinear(), OfAModel()
     assert [rows_in_checkpoint(merged, 112, shard) for shard in (None, 1, "other")] == [112, 48, None]
+    assert [rows_in_checkpoint(of_a_model, 112, shard) for shard in (None, 1)] == [None, None]
+
+
+def test_parts_that_are_loaded_again_begin_as_anything() -> None:
+    """vLLM then puts parameters in the place of the old ones, first without memory, and hands on their loaders."""
+    layer = torch.nn.Module()
+    unloaded = Unloaded(layer)
+    loaders = {}
+    for part in WeightShape(32, 32, 32, shards=2).stored(OURS):
+        layer.register_parameter(part.name, torch.nn.Parameter(part.empty, requires_grad=False))
+        loaders[part.name] = unloaded.before(lambda param, given: param.data[:16].fill_(given), part.name)
+    before = {name: parameter.clone() for name, parameter in layer.named_parameters()}
+    loaders["weight"](layer.weight, 1)
+    assert not torch.equal(layer.weight, before["weight"])
+    for name, parameter in before.items():
+        setattr(layer, name, torch.nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
+    loaders["weight"](layer.weight, 1)
+    for name, parameter in before.items():
+        anything = torch.ones(parameter.shape, dtype=torch.uint8 if parameter.element_size() == 1 else parameter.dtype)
+        anything = anything.view(parameter.dtype)
+        setattr(layer, name, torch.nn.Parameter(anything, requires_grad=False))
+    loaders["weight_scale_2"](layer.weight_scale_2, 2.0)
+    loaders["weight"](layer.weight, 3)
+    assert_same_tensor("weight", layer.weight[16:], before["weight"][16:])
+    assert bool((layer.weight[:16] == 3).all())
+    assert_same_tensor("weight_scale", layer.weight_scale, before["weight_scale"])
+
+
+def test_a_projection_stored_fused_leaves_shards_without_a_decode_scale() -> None:
+    given: list[tuple[Any, ...]] = []
+    load = fill_all_shards(lambda *arguments: given.append(arguments))
+    scales = torch.nn.Parameter(torch.full((3,), torch.nan), requires_grad=False)
+    load(scales, torch.tensor([0.5]))
+    assert scales.tolist() == [0.5] * 3
+    load(scales, torch.tensor(2.0), None)
+    assert scales.tolist() == [2.0] * 3
+    load(scales, torch.tensor(1.0), "k")
+    assert [arguments[2] for arguments in given] == ["k"]
 
 
 def test_static_input_scales_are_not_kept_when_weights_are_loaded_again() -> None:

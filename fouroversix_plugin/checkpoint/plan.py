@@ -22,7 +22,17 @@ OUTPUT_FORMATS: Final = tuple(_OUTPUT_FORMATS)
 MAX_SHARD_SIZE: Final = 5_000_000_000
 """Bytes of tensors in one file, unless asked otherwise."""
 
-_FUSED: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+_MOST_MTP_LAYERS: Final = 16
+"""More of them are a mistake in a config."""
+
+_FUSED: Final = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+)
 """Projections that engines merge into one layer: they share one amax, so that the merged layer has one scale."""
 
 _DTYPE_OF_PART: Final[Mapping[Part, tuple[str, int]]] = {
@@ -163,7 +173,7 @@ def make_plan(source: Source, scheme: Scheme, format: str = OURS.name, max_shard
         alone = LeftAlone(module if is_linear else name, reason, stored.nbytes, is_linear)
         (linear if is_linear else others).append(alone)
     _refuse_half_groups(groups, linear)
-    extra = tuple(alone.name for alone in linear if not scheme.ignores(alone.name))
+    extra = tuple(_as_engines_ask(source, alone.name) for alone in linear if not scheme.ignores(alone.name))
     producer = {"name": "fouroversix-plugin", "version": __version__}
     return Plan(
         source,
@@ -176,17 +186,24 @@ def make_plan(source: Source, scheme: Scheme, format: str = OURS.name, max_shard
 
 
 def _layers_behind_the_last(source: Source) -> tuple[str, ...]:
-    """Globs of the layers for multi-token prediction (MTP), where DeepSeek's models and their like keep them."""
+    """Globs of the layers for multi-token prediction (MTP), which DeepSeek's models and their like keep there.
+
+    vLLM calls those of other models so, too, however a checkpoint spells them; SGLang's draft models have a decoder.
+    """
     config = source.checkpoint.config
     for part in (config, config.get("text_config")):
         if not isinstance(part, Mapping):
             continue
         layers, more = part.get("num_hidden_layers"), part.get("num_nextn_predict_layers")
-        if type(layers) is int and type(more) is int:
-            names = "\n".join(source.checkpoint.tensors)
-            found = {int(number) for number in re.findall(r"^(?:.*\.)?layers\.(\d+)\.", names, re.MULTILINE)}
-            return tuple(f"*.layers.{n}.*" for n in sorted(found) if layers <= n < layers + more)
+        if type(layers) is int and type(more) is int and more > 0:
+            numbers = range(layers, layers + min(more, _MOST_MTP_LAYERS))
+            return (*(f"*.layers.{n}.*" for n in numbers), "model.decoder.*")
     return ()
+
+
+def _as_engines_ask(source: Source, name: str) -> str:
+    """For `ignore`: GPT-2's names begin where engines have a prefix."""
+    return f"*{name}" if source.is_transposed(f"{name}.weight") else name
 
 
 def group_of(module: str) -> str:

@@ -222,7 +222,10 @@ def _quantize_rows(matrix: Matrix, rows: Tensor, scheme: Scheme, amax: Tensor, d
 
     try:
         return on(device)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        # torch's own error, or the driver's where not even a context has room.
+        if "out of memory" not in str(error).lower():
+            raise
         logger.warning("%s: no memory left on %s; quantized on the CPU, to the same bytes", matrix.module, device)
         return on(torch.device("cpu"))
 

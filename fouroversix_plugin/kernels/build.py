@@ -181,7 +181,11 @@ def _compile(recipe: _Recipe, directory: Path) -> Path:
 
 
 def _run(command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    # nvcc appends what it finds there to its options, and they could ask for other arithmetic.
+    environment = {name: value for name, value in os.environ.items() if name != "NVCC_APPEND_FLAGS"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, env=environment
+    )
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines()
         first = next((line for line in said if "error" in line.lower()), said[-1] if said else "no message")

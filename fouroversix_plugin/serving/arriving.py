@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fouroversix_plugin.formats import check_shape
+from fouroversix_plugin.formats import check_arriving
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
 from fouroversix_plugin.recipe import Recipe
-from fouroversix_plugin.weights import check_full_precision, missing, quantize_weight
+from fouroversix_plugin.weights import missing, quantize_weight
 
 
 class _Copies(TorchDispatchMode):
@@ -72,12 +72,8 @@ class ArrivingWeight:
         """
 
         def load(param: Tensor, loaded_weight: Tensor, *shard: Any, **named: Any) -> object:
-            check_full_precision(f"{self._name}.weight", loaded_weight.dtype)
-            if loaded_weight.ndim == 2:
-                # Engines pad what is too small.
-                n = rows(*shard, **named)
-                needed = (loaded_weight.shape[0] if n is None else n, self._full_columns)
-                check_shape(f"{self._name}.weight", loaded_weight, needed)
+            # Engines pad what is too small.
+            check_arriving(self._name, loaded_weight, rows(*shard, **named), self._full_columns)
             with self._lock:
                 complete, storage = self._missing == 0, self._data.untyped_storage()
                 if not complete and storage.nbytes() == 0:

@@ -71,6 +71,23 @@ def check_loading_order(layer: str, ranks: int, load_format: str, extra: object)
     )
 
 
+def refuse_offloading(where: str, given: Mapping[str, float]) -> None:
+    """Engines move weights away before they are loaded, when those that are quantized while loading have no memory yet.
+
+    Args:
+        given: values of the flags that ask for it.
+
+    Raises:
+        ValueError: one is not 0.
+    """
+    for flag, got in given.items():
+        if got > 0:
+            raise ValueError(
+                f"{where}: got {flag} {got:g}, needed none with weights that are quantized while loading; leave the "
+                "flag out, or serve a checkpoint that `fouroversix quantize` wrote"
+            )
+
+
 @dataclass(frozen=True, slots=True)
 class WeightShape:
     """A weight [..., N, K] as one rank holds it.
@@ -136,7 +153,6 @@ class StoredParameter:
         layer: str,
         recipe: Recipe,
         rows: Callable[..., int | None] = lambda *shard, **named: None,
-        pads: bool = False,
     ) -> Callable[..., object]:
         """An engine's ``weight_loader(param, loaded_weight, …)`` that checks what it is given and makes it canonical.
 
@@ -147,8 +163,8 @@ class StoredParameter:
             loader: the engine's.
             layer: full name of the layer.
             recipe: of the weights, as the checkpoint claims it.
-            rows: given what the engine says of the shard, its N over all ranks, or None where that is not known.
-            pads: whether the engine fills up a tensor that is too small, which must be seen here then.
+            rows: given what the engine says of the shard, its N over all ranks, or None where that is not known. Some
+                engines fill up a tensor that is too small, and all cut one that is too large.
         """
         # Engines hand a parameter's loader on to what takes its place: holding `empty` too, it would keep the memory.
         form, kind, full_columns, where = self.form, self.part, self.full_columns, f"{layer}.{self.name}"
@@ -156,9 +172,7 @@ class StoredParameter:
         @functools.wraps(loader)
         def load(param: Tensor, loaded_weight: Tensor, *shard: Any, **named: Any) -> object:
             try:
-                # Only padding makes the tensor itself an unreliable witness.
-                n = rows(*shard, **named) if pads or form.padded else None
-                part = form.canonical(kind, where, loaded_weight, n, full_columns, recipe)
+                part = form.canonical(kind, where, loaded_weight, rows(*shard, **named), full_columns, recipe)
                 if kind == "block_scale" and not form.padded:
                     check_row_major(where, part)
             except ValueError as error:

@@ -6,6 +6,7 @@ Engines name the attributes of their merged layers alike; everything here reads 
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -21,6 +22,15 @@ from fouroversix_plugin.weights import stored_weight
 
 NAMES: Final = ("weight", "weight_scale", "weight_scale_2")
 """Parameters of a prepared weight, after its stem: its fields in their order."""
+
+_ASKED: Final = (
+    "ColumnParallelLinear",
+    "MergedColumnParallelLinear",
+    "QKVParallelLinear",
+    "ReplicatedLinear",
+    "RowParallelLinear",
+)
+"""Linear layers of engines, whose attributes mean the same in all."""
 
 ACTIVATIONS: Final = ("silu", "gelu", "gelu_tanh")
 """Of gated experts."""
@@ -61,11 +71,51 @@ def take_stored(layer: Any, stem: str, name: str, form: Format, scheme: Scheme, 
     return stored_weight(name, parts["packed"], parts["block_scale"], parts["decode_scale"], widths, scheme.weights)
 
 
+class Unloaded:
+    """Has the parts of a stored weight begin as what no checkpoint holds, also where they are loaded again.
+
+    For that, vLLM gives a layer new parameters, with memory that holds anything.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+        self._begun: dict[str, tuple[float, weakref.ref[Tensor]]] = {}
+
+    def before(self, loader: Callable[..., object], name: str) -> Callable[..., object]:
+        """The loader of the layer's new parameter ``name``, which fills what is new of the layer before it loads."""
+        parameter = getattr(self._layer, name)
+        self._begun[name] = float(_numbers(parameter).flatten()[:1].sum()), weakref.ref(parameter)
+
+        @functools.wraps(loader)
+        def load(param: Tensor, *given: Any, **named: Any) -> object:
+            if not param.is_meta:
+                self._begin()
+            return loader(param, *given, **named)
+
+        return load
+
+    def _begin(self) -> None:
+        for name, (value, known) in self._begun.items():
+            parameter = getattr(self._layer, name)
+            if parameter is not known() and not parameter.is_meta:
+                _numbers(parameter).fill_(value)
+                self._begun[name] = value, weakref.ref(parameter)
+
+
+def _numbers(parameter: Tensor) -> Tensor:
+    data = parameter.data
+    return data.view(torch.uint8) if data.dtype == torch.float8_e4m3fn else data
+
+
 def rows_in_checkpoint(layer: Any, output_size: int, shard: Any) -> int | None:
     """N of a shard over all ranks, by what merged layers know of themselves; None where they know nothing.
 
-    ``output_size``: the engine's, which counts the copies of key and value heads that there are fewer of than ranks.
+    Layers of models' own are not asked: they may count what each rank has a copy of as often as there are ranks.
+
+    ``output_size``: the engine's, which does so with key and value heads of which there are fewer than ranks.
     """
+    if type(layer).__name__ not in _ASKED:
+        return None
     if hasattr(layer, "total_num_kv_heads") and shard in (None, "q", "k", "v"):
         size, v_size = layer.head_size, getattr(layer, "v_head_size", layer.head_size)
         q, kv = layer.total_num_heads, layer.total_num_kv_heads
@@ -149,7 +199,6 @@ def create_stored_experts(
     attributes: Mapping[str, Any],
     rows: Callable[..., int],
     set_attributes: Callable[[Tensor, dict[str, Any]], object],
-    pads: bool = False,
 ) -> None:
     """Put on a layer what one stored weight of its experts is loaded into.
 
@@ -159,14 +208,14 @@ def create_stored_experts(
         attributes: what the engine wants on expert parameters, its ``weight_loader`` among them.
         rows: as :func:`full_expert_rows` makes it.
         set_attributes: the engine's.
-        pads: as :meth:`StoredParameter.loader` has it.
     """
+    unloaded = Unloaded(layer)
     for stored in shape.stored(form):
         parameter = torch.nn.Parameter(stored.empty, requires_grad=False)
         layer.register_parameter(stem + stored.name, parameter)
         kind = EXPERT_KINDS[stored.part]
         loader = under_name(attributes["weight_loader"], stem + kind.name)
-        checked = stored.loader(loader, f"{name} ({stem}*)", recipe, rows, pads)
+        checked = unloaded.before(stored.loader(loader, f"{name} ({stem}*)", recipe, rows), stem + stored.name)
         set_attributes(parameter, {**attributes, **kind.attributes, "weight_loader": checked})
 
 

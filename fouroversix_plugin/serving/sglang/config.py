@@ -17,7 +17,7 @@ from transformers.utils import cached_file
 from fouroversix_plugin.checkpoint.files import HF_QUANT_CONFIG, read_json
 from fouroversix_plugin.formats import Format
 from fouroversix_plugin.recipe import QUANT_METHOD, Scheme, preset
-from fouroversix_plugin.serving.layer import LoadReport
+from fouroversix_plugin.serving.layer import LoadReport, refuse_offloading
 from fouroversix_plugin.serving.module import refuse_random_bytes
 from fouroversix_plugin.serving.scheme import claims, fused_shards, served
 from fouroversix_plugin.serving.sglang import server_args
@@ -47,6 +47,7 @@ class FourOverSixConfig(QuantizationConfig):
         self.scheme = preset(QUANT_METHOD) if scheme is None else scheme
         self.stored: Format | None = None
         self.random_weights = False
+        self.packs_experts = False
         self.report = LoadReport()
         self._unnamed = itertools.count(1)
 
@@ -105,6 +106,11 @@ class FourOverSixConfig(QuantizationConfig):
                     raise ValueError(f"{prefix}: got packed weights, needed full precision: {reason}")
                 if prefix.endswith("kv_b_proj"):
                     return UnquantizedLinearMethod()
+            if self.packs_experts and ".experts." in prefix:
+                raise ValueError(
+                    f"{prefix}: SGLang's model packs its experts' weights itself, needed full precision; add "
+                    "'*.experts.*' to `ignore`"
+                )
             # Some models name none of their layers.
             name = prefix or f"{type(layer).__name__} {next(self._unnamed)}"
             if self.stored is None:
@@ -118,6 +124,12 @@ class FourOverSixConfig(QuantizationConfig):
 
         return moe.method_for(layer, prefix, self.scheme, self.report, self.stored, self.random_weights)
 
+
+_FILL_THEMSELVES: Final = {"Qwen3NextForCausalLM", "Qwen3NextForCausalLMMTP"}
+"""Models that copy into some of their weights, past the loader that sees what arrives."""
+
+_PACK_EXPERTS: Final = {"AfmoeForCausalLM", "DeepseekForCausalLM", "XverseMoeForCausalLM"}
+"""Models that put their experts' weights into one tensor as they are built, and multiply by that."""
 
 _ADDED: Final = ("packed_modules_mapping", "hf_config")
 """What SGLang adds to a checkpoint's block for methods that need it."""
@@ -135,7 +147,16 @@ def see_checkpoint(made: Any, model_config: Any, load_config: Any) -> None:
     if made.random_weights and made.stored is not None:
         refuse_random_bytes(model_config.model_path)
     if made.stored is None:
-        _refuse_offloading()
+        args = server_args()
+        given = {"--cpu-offload-gb": args.cpu_offload_gb, "--offload-group-size": args.offload_group_size}
+        refuse_offloading(model_config.model_path, given)
+    architectures = {*((files[0] or {}).get("architectures") or ())}
+    if made.stored is None and architectures & _FILL_THEMSELVES:
+        raise ValueError(
+            f"{model_config.model_path}: SGLang's model fills its weights itself, while they are quantized as they "
+            "arrive; serve a checkpoint that `fouroversix quantize` wrote"
+        )
+    made.packs_experts = bool(architectures & _PACK_EXPERTS)
 
 
 def with_fused_experts(found: tuple[Any, str], model_config: Any) -> tuple[Any, str] | None:
@@ -151,22 +172,12 @@ def with_fused_experts(found: tuple[Any, str], model_config: Any) -> tuple[Any, 
 
 def _refuse_tokenizer_workers() -> None:
     """SGLang loads no plugins in those processes."""
-    workers = server_args().tokenizer_worker_num
-    if workers > 1:
+    args = server_args()
+    if args.tokenizer_worker_num > 1:
         raise ValueError(
-            f"--tokenizer-worker-num: got {workers}, needed 1 with --quantization {QUANT_METHOD}: SGLang loads no "
-            "plugins in tokenizer workers, which would then not know the method; leave the flag out"
+            f"--tokenizer-worker-num: got {args.tokenizer_worker_num}, needed 1 with --quantization {QUANT_METHOD}: "
+            "SGLang loads no plugins in tokenizer workers, which would then not know the method; leave the flag out"
         )
-
-
-def _refuse_offloading() -> None:
-    """SGLang moves weights away before they are loaded, when those that are quantized on arrival have no memory yet."""
-    for name in ("cpu_offload_gb", "offload_group_size"):
-        if (got := getattr(server_args(), name, 0)) > 0:
-            raise ValueError(
-                f"--{name.replace('_', '-')}: got {got}, needed none with weights that are quantized while loading; "
-                "leave the flag out, or serve a checkpoint that `fouroversix quantize` wrote"
-            )
 
 
 def _json(model: str, file: str, **where: Any) -> dict[str, Any] | None:

@@ -95,7 +95,7 @@ class StoredLinearMethod(_LinearMethod):
         for stored in shape.stored(self.form):
             whole = stored.part in ("packed", "block_scale")
             filling = loader if whole else fill_all_shards(loader)
-            checked = stored.loader(filling, self.prefix, self.scheme.weights, rows, pads=True)
+            checked = stored.loader(filling, self.prefix, self.scheme.weights, rows)
             if whole:
                 parameter = ModelWeightParameter(data=stored.empty, input_dim=1, output_dim=0, weight_loader=checked)
             else:

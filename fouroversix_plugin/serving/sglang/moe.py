@@ -160,7 +160,6 @@ class StoredMoEMethod(_MoEMethod):
             attributes,
             rows,
             set_weight_attrs,
-            pads=True,
         )
 
     def _quantized(self, layer: Any, stem: str) -> NVFP4Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +15,13 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.parameter import ModelWeightParameter, PerTensorScaleParameter
 from vllm.model_executor.utils import replace_parameter
 
-from fouroversix_plugin.formats import Format
+from fouroversix_plugin.formats import Format, check_arriving
 from fouroversix_plugin.kernels.ops import PreparedWeight
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
 from fouroversix_plugin.recipe import Scheme
 from fouroversix_plugin.serving import layer as neutral
 from fouroversix_plugin.serving.module import (
+    Unloaded,
     fill_all_shards,
     input_amax,
     installed,
@@ -32,6 +34,10 @@ from fouroversix_plugin.weights import missing, quantize_weight
 
 DONE = "_already_called_process_weights_after_loading"
 """vLLM calls the hook again after layerwise loading, and clears this attribute when it really reloads a layer."""
+
+
+LATENCY_GEMM = "_use_min_latency_gemm"
+"""Whether DeepSeek's latent attention multiplies by ``layer.weight`` itself."""
 
 
 class _LinearMethod(LinearMethodBase):
@@ -72,6 +78,8 @@ class _LinearMethod(LinearMethodBase):
         q = self._quantized(layer)
         install(layer, "", neutral.prepare_linear(self.prefix, q, self.scheme, self.report, layer.params_dtype))
         setattr(layer, DONE, True)
+        if hasattr(layer, LATENCY_GEMM):  # decided by the weight that was here
+            setattr(layer, LATENCY_GEMM, False)
 
     def _quantized(self, layer: Any) -> NVFP4Tensor:
         raise NotImplementedError
@@ -90,8 +98,9 @@ class StoredLinearMethod(_LinearMethod):
 
     def _create(self, layer: Any, shape: neutral.WeightShape, dtype: torch.dtype, loader: Callable[..., Any]) -> None:
         check_loads_weights(self.prefix)
-        if self.scheme.input_scale == "static" and self.prefix.endswith("kv_b_proj"):
-            # vLLM's latent attention takes the weight out of a product with ones, which these scales are not for.
+        static = self.scheme.activations is not None and self.scheme.input_scale == "static"
+        if static and self.prefix.endswith("kv_b_proj"):
+            # vLLM's latent attention takes the weight out of a product with the identity, which no static scale is for.
             raise ValueError(
                 f"{self.prefix}: got static activations, needed others where vLLM unpacks a weight; serve with "
                 '"recipe": "nvfp4_4over6" or "w4a16"'
@@ -100,6 +109,7 @@ class StoredLinearMethod(_LinearMethod):
         def rows(*shard: Any, **named: Any) -> int | None:
             return rows_in_checkpoint(layer, self.output_size, shard[0] if shard else None)
 
+        unloaded = Unloaded(layer)
         for stored in shape.stored(self.form):
             whole = stored.part in ("packed", "block_scale")
             checked = stored.loader(
@@ -110,6 +120,7 @@ class StoredLinearMethod(_LinearMethod):
             else:
                 parameter = PerTensorScaleParameter(data=stored.empty, weight_loader=checked)
             layer.register_parameter(stored.name, parameter)
+            parameter.weight_loader = unloaded.before(checked, stored.name)
 
     def _quantized(self, layer: Any) -> NVFP4Tensor:
         return take_stored(layer, "", self.prefix, self.form, self.scheme, layer.logical_widths)
@@ -122,8 +133,13 @@ class OnlineLinearMethod(_LinearMethod):
     uses_meta_device = True
 
     def _create(self, layer: Any, shape: neutral.WeightShape, dtype: torch.dtype, loader: Callable[..., Any]) -> None:
+        def rows(*shard: Any, **named: Any) -> int | None:
+            return rows_in_checkpoint(layer, self.output_size, shard[0] if shard else None)
+
+        check_stays_here(self.prefix)
         weight = shape.full_precision(dtype)
-        parameter = ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=loader)
+        checked = check_before(loader, self.prefix, rows, shape.full_columns)
+        parameter = ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=checked)
         layer.register_parameter("weight", parameter)
         initialize_online_processing(layer)
         self.loads_weights = loads_weights(self.prefix, layer.tp_size)
@@ -142,9 +158,23 @@ def loads_weights(name: str, ranks: int) -> bool:
         name: of the layer, for errors.
         ranks: that quantize it together.
     """
-    load = get_current_vllm_config().load_config
-    neutral.check_loading_order(name, ranks, str(load.load_format), load.model_loader_extra_config)
-    return bool(load.load_format != "dummy")
+    load_config = get_current_vllm_config().load_config
+    neutral.check_loading_order(name, ranks, str(load_config.load_format), load_config.model_loader_extra_config)
+    return bool(load_config.load_format != "dummy")
+
+
+def check_stays_here(name: str) -> None:
+    """Refuse to quantize weights while loading that vLLM moves away before: they have no memory yet."""
+    offload = getattr(get_current_vllm_config(), "offload_config", None)
+    given = (
+        {}
+        if offload is None
+        else {
+            "--cpu-offload-gb": offload.uva.cpu_offload_gb,
+            "--offload-group-size": offload.prefetch.offload_group_size,
+        }
+    )
+    neutral.refuse_offloading(name, given)
 
 
 def check_loads_weights(name: str) -> None:
@@ -153,10 +183,35 @@ def check_loads_weights(name: str) -> None:
         refuse_random_bytes(name)
 
 
+def check_before(
+    loader: Callable[..., Any], name: str, rows: Callable[..., int | None], full_columns: int
+) -> Callable[..., Any]:
+    """An engine's loader of a full-precision weight that checks what it is given: engines cast and cut."""
+
+    @functools.wraps(loader)
+    def load(param: Tensor, loaded_weight: Tensor, *shard: Any, **named: Any) -> Any:
+        check_arriving(name, loaded_weight, rows(*shard, **named), full_columns)
+        return loader(param, loaded_weight, *shard, **named)
+
+    return load
+
+
 def check_all_loaded(layer: Any, name: str, values: int) -> None:
-    """Refuse a layer whose weights came only in part, or not at all: vLLM would hand over uninitialized memory."""
+    """Refuse a layer whose weights came only in part, or not at all: vLLM would hand over uninitialized memory.
+
+    It counts values; what came twice, from files that overlap, would stand for what never came.
+    """
     if get_layerwise_info(layer).load_numel < values:
         raise ValueError(missing(name, "weight"))
+    seen: set[tuple[str, str]] = set()
+    for parameter, given in get_layerwise_info(layer).loaded_weights:
+        shard = repr([value for value in given.arguments.values() if not isinstance(value, Tensor)])
+        if (parameter, shard) in seen:
+            raise ValueError(
+                f"{name}.{parameter}: got a tensor twice before all had come, needed each once; the checkpoint's files "
+                "overlap: give it an index, or remove the copy"
+            )
+        seen.add((parameter, shard))
 
 
 def reduce_max_over(group: Any) -> Callable[[Tensor], Tensor]:

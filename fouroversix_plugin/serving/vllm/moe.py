@@ -32,7 +32,9 @@ from fouroversix_plugin.serving.module import (
 from fouroversix_plugin.serving.vllm.linear import (
     DONE,
     check_all_loaded,
+    check_before,
     check_loads_weights,
+    check_stays_here,
     install,
     loads_weights,
     reduce_max_over,
@@ -170,6 +172,7 @@ class OnlineMoEMethod(_MoEMethod):
     uses_meta_device = True
 
     def create_weights(self, layer: Any, *sizes: Any, **named: Any) -> None:
+        check_stays_here(self.prefix)
         super().create_weights(layer, *sizes, **named)
         initialize_online_processing(layer)
         self.loads_weights = loads_weights(self.prefix, self.moe.moe_parallel_config.tp_size)
@@ -179,7 +182,10 @@ class OnlineMoEMethod(_MoEMethod):
     ) -> None:
         parameter = torch.nn.Parameter(shape.full_precision(dtype), requires_grad=False)
         layer.register_parameter(f"{stem}weight", parameter)
-        set_weight_attrs(parameter, attributes)
+        rows = full_expert_rows(stem, shape, self.moe.moe_parallel_config.tp_size)
+        where = f"{self.prefix} ({stem}*)"
+        checked = check_before(attributes["weight_loader"], where, rows, shape.full_columns)
+        set_weight_attrs(parameter, {**attributes, "weight_loader": checked})
 
     def _quantized(self, layer: Any, stem: str) -> NVFP4Tensor:
         if self.loads_weights:
