@@ -375,7 +375,7 @@ BAD_TENSORS: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], Any], tupl
     "too short": (
         "w4a16",
         lambda t: t.update({f"{O_PROJ}.weight": t[f"{O_PROJ}.weight"][:-8].contiguous()}),
-        (f"{O_PROJ}.weight: a tensor of shape (248, 128) does not fit",),
+        (f"{O_PROJ}.weight: got shape (248, 128), needed (256, 128)",),
     ),
     "full precision where packed is needed": (
         "w4a16",
