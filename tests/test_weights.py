@@ -1,7 +1,10 @@
 """Weights on their way in, and what an engine's layer needs: nothing damaged, missing or mislabelled is served."""
 
+import gc
+import inspect
 import math
 import re
+import weakref
 from typing import Any
 
 import pytest
@@ -24,7 +27,13 @@ from fouroversix_plugin.serving.layer import (
     local_expert_ids,
     static_amax,
 )
-from fouroversix_plugin.serving.module import Unloaded, fill_all_shards, rows_in_checkpoint, take_stored
+from fouroversix_plugin.serving.module import (
+    Unloaded,
+    create_stored_experts,
+    fill_all_shards,
+    rows_in_checkpoint,
+    take_stored,
+)
 from fouroversix_plugin.weights import quantize_weight, stored_weight
 
 E4M3 = torch.float8_e4m3fn
@@ -345,6 +354,31 @@ def test_parts_that_are_loaded_again_begin_as_anything() -> None:
     assert_same_tensor("weight", layer.weight[16:], before["weight"][16:])
     assert bool((layer.weight[:16] == 3).all())
     assert_same_tensor("weight_scale", layer.weight_scale, before["weight_scale"])
+
+
+def test_loaders_that_an_engine_keeps_keep_the_layer() -> None:
+    class Layer(torch.nn.Module):
+        def weight_loader(self, param: Tensor, loaded_weight: Tensor, weight_name: str, shard_id: str) -> str:
+            return f"{weight_name} {shard_id}"
+
+    layer = Layer()
+    shape = WeightShape(32, 32, 32, shards=1, lead=(2,))
+    attributes = {"weight_loader": layer.weight_loader}
+
+    def set_attributes(parameter: Tensor, given: dict[str, Any]) -> None:
+        parameter.__dict__.update(given)
+
+    create_stored_experts(
+        layer, "w2_", "experts", OURS, shape, Recipe(), attributes, lambda *_, **__: 32, set_attributes
+    )
+    kept = layer.w2_weight.weight_loader
+    packed = torch.zeros(32, 16, dtype=torch.uint8)
+    assert kept(layer.w2_weight, packed, "of a checkpoint", shard_id="w2") == "w2_weight w2"
+    assert list(inspect.signature(kept).parameters) == ["param", "loaded_weight", "weight_name", "shard_id"]
+    known = weakref.ref(layer)
+    del layer, attributes
+    gc.collect()
+    assert known() is None
 
 
 def test_a_projection_stored_fused_leaves_shards_without_a_decode_scale() -> None:

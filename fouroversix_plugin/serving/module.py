@@ -6,8 +6,10 @@ Engines name the attributes of their merged layers alike; everything here reads 
 from __future__ import annotations
 
 import functools
+import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from types import MethodType
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -71,6 +73,21 @@ def take_stored(layer: Any, stem: str, name: str, form: Format, scheme: Scheme, 
     return stored_weight(name, parts["packed"], parts["block_scale"], parts["decode_scale"], widths, scheme.weights)
 
 
+def without_its_layer(loader: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer's own loader that does not keep the layer: vLLM keeps what stands on its parameters for longer."""
+    if not isinstance(loader, MethodType):
+        return loader
+    method = weakref.WeakMethod(loader)
+
+    def load(*given: Any, **named: Any) -> Any:
+        own = method()
+        assert own is not None, "the layer that is loaded is gone"
+        return own(*given, **named)
+
+    load.__signature__ = inspect.signature(loader)  # type: ignore[attr-defined]
+    return load
+
+
 class Unloaded:
     """Has the parts of a stored weight begin as what no checkpoint holds, also where they are loaded again.
 
@@ -78,12 +95,12 @@ class Unloaded:
     """
 
     def __init__(self, layer: Any) -> None:
-        self._layer = layer
+        self._layer = weakref.ref(layer)
         self._begun: dict[str, tuple[float, weakref.ref[Tensor]]] = {}
 
     def before(self, loader: Callable[..., object], name: str) -> Callable[..., object]:
         """The loader of the layer's new parameter ``name``, which fills what is new of the layer before it loads."""
-        parameter = getattr(self._layer, name)
+        parameter = getattr(self._layer(), name)
         self._begun[name] = float(_numbers(parameter).flatten()[:1].sum()), weakref.ref(parameter)
 
         @functools.wraps(loader)
@@ -96,7 +113,7 @@ class Unloaded:
 
     def _begin(self) -> None:
         for name, (value, known) in self._begun.items():
-            parameter = getattr(self._layer, name)
+            parameter = getattr(self._layer(), name)
             if parameter is not known() and not parameter.is_meta:
                 _numbers(parameter).fill_(value)
                 self._begun[name] = value, weakref.ref(parameter)
@@ -214,7 +231,7 @@ def create_stored_experts(
         parameter = torch.nn.Parameter(stored.empty, requires_grad=False)
         layer.register_parameter(stem + stored.name, parameter)
         kind = EXPERT_KINDS[stored.part]
-        loader = under_name(attributes["weight_loader"], stem + kind.name)
+        loader = under_name(without_its_layer(attributes["weight_loader"]), stem + kind.name)
         checked = unloaded.before(stored.loader(loader, f"{name} ({stem}*)", recipe, rows), stem + stored.name)
         set_attributes(parameter, {**attributes, **kind.attributes, "weight_loader": checked})
 

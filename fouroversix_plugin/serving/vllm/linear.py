@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,7 @@ from fouroversix_plugin.serving.module import (
     refuse_random_bytes,
     rows_in_checkpoint,
     take_stored,
+    without_its_layer,
 )
 from fouroversix_plugin.weights import missing, quantize_weight
 
@@ -72,6 +74,11 @@ class _LinearMethod(LinearMethodBase):
     def _create(self, layer: Any, shape: neutral.WeightShape, dtype: torch.dtype, loader: Callable[..., Any]) -> None:
         raise NotImplementedError
 
+    def _rows_of(self, layer: Any) -> Callable[..., int | None]:
+        """N over all ranks of what the layer's loader is given."""
+        known = weakref.ref(layer)
+        return lambda *shard, **named: rows_in_checkpoint(known(), self.output_size, shard[0] if shard else None)
+
     def process_weights_after_loading(self, layer: Any) -> None:
         if getattr(layer, DONE, False):
             return
@@ -105,11 +112,7 @@ class StoredLinearMethod(_LinearMethod):
                 f"{self.prefix}: got static activations, needed others where vLLM unpacks a weight; serve with "
                 '"recipe": "nvfp4_4over6" or "w4a16"'
             )
-
-        def rows(*shard: Any, **named: Any) -> int | None:
-            return rows_in_checkpoint(layer, self.output_size, shard[0] if shard else None)
-
-        unloaded = Unloaded(layer)
+        loader, rows, unloaded = without_its_layer(loader), self._rows_of(layer), Unloaded(layer)
         for stored in shape.stored(self.form):
             whole = stored.part in ("packed", "block_scale")
             checked = stored.loader(
@@ -133,12 +136,9 @@ class OnlineLinearMethod(_LinearMethod):
     uses_meta_device = True
 
     def _create(self, layer: Any, shape: neutral.WeightShape, dtype: torch.dtype, loader: Callable[..., Any]) -> None:
-        def rows(*shard: Any, **named: Any) -> int | None:
-            return rows_in_checkpoint(layer, self.output_size, shard[0] if shard else None)
-
         check_stays_here(self.prefix)
         weight = shape.full_precision(dtype)
-        checked = check_before(loader, self.prefix, rows, shape.full_columns)
+        checked = check_before(without_its_layer(loader), self.prefix, self._rows_of(layer), shape.full_columns)
         parameter = ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=checked)
         layer.register_parameter("weight", parameter)
         initialize_online_processing(layer)
@@ -166,15 +166,9 @@ def loads_weights(name: str, ranks: int) -> bool:
 def check_stays_here(name: str) -> None:
     """Refuse to quantize weights while loading that vLLM moves away before: they have no memory yet."""
     offload = getattr(get_current_vllm_config(), "offload_config", None)
-    given = (
-        {}
-        if offload is None
-        else {
-            "--cpu-offload-gb": offload.uva.cpu_offload_gb,
-            "--offload-group-size": offload.prefetch.offload_group_size,
-        }
-    )
-    neutral.refuse_offloading(name, given)
+    if offload is not None:
+        uva, prefetch = offload.uva.cpu_offload_gb, offload.prefetch.offload_group_size
+        neutral.refuse_offloading(name, {"--cpu-offload-gb": uva, "--offload-group-size": prefetch})
 
 
 def check_loads_weights(name: str) -> None:

@@ -28,6 +28,7 @@ from fouroversix_plugin.serving.module import (
     installed,
     refuse_experts,
     take_stored_experts,
+    without_its_layer,
 )
 from fouroversix_plugin.serving.vllm.linear import (
     DONE,
@@ -184,7 +185,7 @@ class OnlineMoEMethod(_MoEMethod):
         layer.register_parameter(f"{stem}weight", parameter)
         rows = full_expert_rows(stem, shape, self.moe.moe_parallel_config.tp_size)
         where = f"{self.prefix} ({stem}*)"
-        checked = check_before(attributes["weight_loader"], where, rows, shape.full_columns)
+        checked = check_before(without_its_layer(attributes["weight_loader"]), where, rows, shape.full_columns)
         set_weight_attrs(parameter, {**attributes, "weight_loader": checked})
 
     def _quantized(self, layer: Any, stem: str) -> NVFP4Tensor:
