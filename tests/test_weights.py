@@ -331,7 +331,7 @@ def test_a_projection_that_is_stored_fused_has_the_rows_of_its_copies() -> None:
     assert [rows_in_checkpoint(of_a_model, 112, shard) for shard in (None, 1)] == [None, None]
 
 
-def test_parts_that_are_loaded_again_begin_as_anything() -> None:
+def test_parts_that_are_loaded_again_begin_as_anything_or_what_is_served_is_wiped() -> None:
     """vLLM then puts parameters in the place of the old ones, first without memory, and hands on their loaders."""
     layer = torch.nn.Module()
     unloaded = Unloaded(layer)
@@ -339,21 +339,29 @@ def test_parts_that_are_loaded_again_begin_as_anything() -> None:
     for part in WeightShape(32, 32, 32, shards=2).stored(OURS):
         layer.register_parameter(part.name, torch.nn.Parameter(part.empty, requires_grad=False))
         loaders[part.name] = unloaded.before(lambda param, given: param.data[:16].fill_(given), part.name)
-    before = {name: parameter.clone() for name, parameter in layer.named_parameters()}
+
+    def become(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            setattr(layer, name, torch.nn.Parameter(tensor, requires_grad=False))
+
+    begun = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
     loaders["weight"](layer.weight, 1)
-    assert not torch.equal(layer.weight, before["weight"])
-    for name, parameter in before.items():
-        setattr(layer, name, torch.nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
-    loaders["weight"](layer.weight, 1)
-    for name, parameter in before.items():
-        anything = torch.ones(parameter.shape, dtype=torch.uint8 if parameter.element_size() == 1 else parameter.dtype)
-        anything = anything.view(parameter.dtype)
-        setattr(layer, name, torch.nn.Parameter(anything, requires_grad=False))
-    loaders["weight_scale_2"](layer.weight_scale_2, 2.0)
-    loaders["weight"](layer.weight, 3)
-    assert_same_tensor("weight", layer.weight[16:], before["weight"][16:])
-    assert bool((layer.weight[:16] == 3).all())
-    assert_same_tensor("weight_scale", layer.weight_scale, before["weight_scale"])
+    served = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    for number in (2, 3):
+        become({name: torch.empty_like(tensor, device="meta") for name, tensor in begun.items()})
+        loaders["weight"](layer.weight, number)
+        become({name: torch.ones(t.shape).to(t.dtype) for name, t in begun.items()})
+        loaders["weight_scale_2"](layer.weight_scale_2, 2.0)
+        loaders["weight"](layer.weight, number)
+        assert_same_tensor("weight", layer.weight[16:], begun["weight"][16:])
+        assert bool((layer.weight[:16] == number).all())
+        assert_same_tensor("weight_scale", layer.weight_scale, begun["weight_scale"])
+        # What comes late finds what is served.
+        become(served)
+        before = {name: tensor.clone() for name, tensor in served.items()}
+        loaders["weight"](layer.weight, 1)
+        for name, tensor in before.items():
+            assert_same_tensor(name, getattr(layer, name), tensor)
 
 
 def test_loaders_that_an_engine_keeps_keep_the_layer() -> None:

@@ -27,12 +27,14 @@ NAMES: Final = ("weight", "weight_scale", "weight_scale_2")
 
 _ASKED: Final = (
     "ColumnParallelLinear",
+    "DCPGroupColumnParallelLinear",
+    "DeepSeekV2FusedQkvAProjLinear",
     "MergedColumnParallelLinear",
     "QKVParallelLinear",
     "ReplicatedLinear",
     "RowParallelLinear",
 )
-"""Linear layers of engines, whose attributes mean the same in all."""
+"""Linear layers of engines, and those of models whose attributes mean the same."""
 
 ACTIVATIONS: Final = ("silu", "gelu", "gelu_tanh")
 """Of gated experts."""
@@ -91,11 +93,13 @@ def without_its_layer(loader: Callable[..., Any]) -> Callable[..., Any]:
 class Unloaded:
     """Has the parts of a stored weight begin as what no checkpoint holds, also where they are loaded again.
 
-    For that, vLLM gives a layer new parameters, with memory that holds anything.
+    For that, vLLM gives a layer new parameters: first on the meta device, where it counts what comes, then with memory
+    that holds anything. Afterwards it puts back what is served, with the loaders of now, which must not touch it.
     """
 
     def __init__(self, layer: Any) -> None:
         self._layer = weakref.ref(layer)
+        self._announced = False
         self._begun: dict[str, tuple[float, weakref.ref[Tensor]]] = {}
 
     def before(self, loader: Callable[..., object], name: str) -> Callable[..., object]:
@@ -105,7 +109,10 @@ class Unloaded:
 
         @functools.wraps(loader)
         def load(param: Tensor, *given: Any, **named: Any) -> object:
-            if not param.is_meta:
+            if param.is_meta:
+                self._announced = True
+            elif self._announced:
+                self._announced = False
                 self._begin()
             return loader(param, *given, **named)
 

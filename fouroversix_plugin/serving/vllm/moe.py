@@ -183,10 +183,12 @@ class OnlineMoEMethod(_MoEMethod):
     ) -> None:
         parameter = torch.nn.Parameter(shape.full_precision(dtype), requires_grad=False)
         layer.register_parameter(f"{stem}weight", parameter)
-        rows = full_expert_rows(stem, shape, self.moe.moe_parallel_config.tp_size)
-        where = f"{self.prefix} ({stem}*)"
-        checked = check_before(without_its_layer(attributes["weight_loader"]), where, rows, shape.full_columns)
-        set_weight_attrs(parameter, {**attributes, "weight_loader": checked})
+        loader = without_its_layer(attributes["weight_loader"])
+        if getattr(attributes["weight_loader"], "__qualname__", "") == "RoutedExperts.weight_loader":
+            # Models' own take matrices of other shapes.
+            rows = full_expert_rows(stem, shape, self.moe.moe_parallel_config.tp_size)
+            loader = check_before(loader, f"{self.prefix} ({stem}*)", rows, shape.full_columns)
+        set_weight_attrs(parameter, {**attributes, "weight_loader": loader})
 
     def _quantized(self, layer: Any, stem: str) -> NVFP4Tensor:
         if self.loads_weights:
