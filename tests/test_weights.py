@@ -13,8 +13,8 @@ from conftest import assert_close, assert_same_bytes, assert_same_tensor, calc_d
 from torch import Tensor
 
 import fouroversix_plugin as fos
-from fouroversix_plugin import formats, reference
-from fouroversix_plugin.formats import COMPRESSED_TENSORS, FOUROVERSIX, OURS, Format, Part
+from fouroversix_plugin import reference
+from fouroversix_plugin.formats import COMPRESSED_TENSORS, FOUROVERSIX, MODELOPT, OURS, Format, Part
 from fouroversix_plugin.kernels import ops
 from fouroversix_plugin.nvfp4 import NVFP4Tensor, scales_to_layout
 from fouroversix_plugin.recipe import Recipe
@@ -338,7 +338,7 @@ def test_parts_that_are_loaded_again_begin_as_anything_or_what_is_served_is_wipe
     loaders = {}
     for part in WeightShape(32, 32, 32, shards=2).stored(OURS):
         layer.register_parameter(part.name, torch.nn.Parameter(part.empty, requires_grad=False))
-        loaders[part.name] = unloaded.before(lambda param, given: param.data[:16].fill_(given), part.name)
+        loaders[part.name] = unloaded.before(lambda param, given: param.data[:16].fill_(given), part.name, part.empty)
 
     def become(tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
@@ -404,11 +404,10 @@ def test_a_projection_stored_fused_leaves_shards_without_a_decode_scale() -> Non
 def test_static_input_scales_are_not_kept_when_weights_are_loaded_again() -> None:
     """vLLM's reload_weights copies into buffers that are persistent, and puts the old ones back of others."""
     scheme = fos.preset("nvfp4_static")
-    form = formats.MODELOPT
     layer = torch.nn.Module()
-    for part in WeightShape(32, 32, 32, shards=1).stored(form):
+    for part in WeightShape(32, 32, 32, shards=1).stored(MODELOPT):
         layer.register_parameter(part.name, torch.nn.Parameter(torch.ones_like(part.empty), requires_grad=False))
-    take_stored(layer, "", "mlp", form, scheme, [32])
+    take_stored(layer, "", "mlp", MODELOPT, scheme, [32])
     assert "input_amax" in layer.state_dict()
 
 

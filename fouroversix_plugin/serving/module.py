@@ -100,12 +100,11 @@ class Unloaded:
     def __init__(self, layer: Any) -> None:
         self._layer = weakref.ref(layer)
         self._announced = False
-        self._begun: dict[str, tuple[float, weakref.ref[Tensor]]] = {}
+        self._values: dict[str, float] = {}
 
-    def before(self, loader: Callable[..., object], name: str) -> Callable[..., object]:
-        """The loader of the layer's new parameter ``name``, which fills what is new of the layer before it loads."""
-        parameter = getattr(self._layer(), name)
-        self._begun[name] = float(_numbers(parameter).flatten()[:1].sum()), weakref.ref(parameter)
+    def before(self, loader: Callable[..., object], name: str, empty: Tensor) -> Callable[..., object]:
+        """The loader of the parameter ``name``, which begins as ``empty``: fills what is new of the layer first."""
+        self._values[name] = float(_numbers(empty).flatten()[:1].sum())
 
         @functools.wraps(loader)
         def load(param: Tensor, *given: Any, **named: Any) -> object:
@@ -119,15 +118,13 @@ class Unloaded:
         return load
 
     def _begin(self) -> None:
-        for name, (value, known) in self._begun.items():
+        for name, value in self._values.items():
             parameter = getattr(self._layer(), name)
-            if parameter is not known() and not parameter.is_meta:
-                _numbers(parameter).fill_(value)
-                self._begun[name] = value, weakref.ref(parameter)
+            if not parameter.is_meta:
+                _numbers(parameter.data).fill_(value)
 
 
-def _numbers(parameter: Tensor) -> Tensor:
-    data = parameter.data
+def _numbers(data: Tensor) -> Tensor:
     return data.view(torch.uint8) if data.dtype == torch.float8_e4m3fn else data
 
 
@@ -239,7 +236,8 @@ def create_stored_experts(
         layer.register_parameter(stem + stored.name, parameter)
         kind = EXPERT_KINDS[stored.part]
         loader = under_name(without_its_layer(attributes["weight_loader"]), stem + kind.name)
-        checked = unloaded.before(stored.loader(loader, f"{name} ({stem}*)", recipe, rows), stem + stored.name)
+        checked = stored.loader(loader, f"{name} ({stem}*)", recipe, rows)
+        checked = unloaded.before(checked, stem + stored.name, stored.empty)
         set_attributes(parameter, {**attributes, **kind.attributes, "weight_loader": checked})
 
 

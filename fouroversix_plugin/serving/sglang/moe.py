@@ -151,15 +151,7 @@ class StoredMoEMethod(_MoEMethod):
     def _create(self, layer: Any, stem: str, shape: neutral.WeightShape, attributes: dict[str, Any]) -> None:
         rows = full_expert_rows(stem, shape, layer.moe_tp_size)
         create_stored_experts(
-            layer,
-            stem,
-            self.prefix,
-            self.form,
-            shape,
-            self.scheme.weights,
-            attributes,
-            rows,
-            set_weight_attrs,
+            layer, stem, self.prefix, self.form, shape, self.scheme.weights, attributes, rows, set_weight_attrs
         )
 
     def _quantized(self, layer: Any, stem: str) -> NVFP4Tensor:

@@ -118,12 +118,12 @@ class StoredLinearMethod(_LinearMethod):
             checked = stored.loader(
                 loader if whole else fill_all_shards(loader), self.prefix, self.scheme.weights, rows
             )
+            checked = unloaded.before(checked, stored.name, stored.empty)
             if whole:
                 parameter = ModelWeightParameter(data=stored.empty, input_dim=1, output_dim=0, weight_loader=checked)
             else:
                 parameter = PerTensorScaleParameter(data=stored.empty, weight_loader=checked)
             layer.register_parameter(stored.name, parameter)
-            parameter.weight_loader = unloaded.before(checked, stored.name)
 
     def _quantized(self, layer: Any) -> NVFP4Tensor:
         return take_stored(layer, "", self.prefix, self.form, self.scheme, layer.logical_widths)
@@ -136,13 +136,13 @@ class OnlineLinearMethod(_LinearMethod):
     uses_meta_device = True
 
     def _create(self, layer: Any, shape: neutral.WeightShape, dtype: torch.dtype, loader: Callable[..., Any]) -> None:
-        check_stays_here(self.prefix)
+        check_loading(self.prefix, layer.tp_size)
         weight = shape.full_precision(dtype)
         checked = check_before(without_its_layer(loader), self.prefix, self._rows_of(layer), shape.full_columns)
         parameter = ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=checked)
         layer.register_parameter("weight", parameter)
         initialize_online_processing(layer)
-        self.loads_weights = loads_weights(self.prefix, layer.tp_size)
+        self.loads_weights = loads_weights()
 
     def _quantized(self, layer: Any) -> NVFP4Tensor:
         if self.loads_weights:
@@ -151,20 +151,16 @@ class OnlineLinearMethod(_LinearMethod):
         return quantize_weight(self.prefix, layer.weight.data, self.scheme.weights, reduce)
 
 
-def loads_weights(name: str, ranks: int) -> bool:
-    """Whether weights come from a checkpoint; ``--load-format dummy`` fills the memory itself. Known while building.
+def loads_weights() -> bool:
+    """Whether weights come from a checkpoint; ``--load-format dummy`` fills the memory itself. Known while building."""
+    load_format: object = get_current_vllm_config().load_config.load_format
+    return load_format != "dummy"
 
-    Args:
-        name: of the layer, for errors.
-        ranks: that quantize it together.
-    """
+
+def check_loading(name: str, ranks: int) -> None:
+    """Refuse ways of loading in which a layer's weights cannot be quantized meanwhile, by so many ranks together."""
     load_config = get_current_vllm_config().load_config
     neutral.check_loading_order(name, ranks, str(load_config.load_format), load_config.model_loader_extra_config)
-    return bool(load_config.load_format != "dummy")
-
-
-def check_stays_here(name: str) -> None:
-    """Refuse to quantize weights while loading that vLLM moves away before: they have no memory yet."""
     offload = getattr(get_current_vllm_config(), "offload_config", None)
     if offload is not None:
         uva, prefetch = offload.uva.cpu_offload_gb, offload.prefetch.offload_group_size
@@ -173,7 +169,7 @@ def check_stays_here(name: str) -> None:
 
 def check_loads_weights(name: str) -> None:
     """Refuse to fill a stored weight with random bytes, which are no block scales."""
-    if not loads_weights(name, 1):
+    if not loads_weights():
         refuse_random_bytes(name)
 
 

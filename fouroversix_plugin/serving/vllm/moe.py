@@ -34,8 +34,8 @@ from fouroversix_plugin.serving.vllm.linear import (
     DONE,
     check_all_loaded,
     check_before,
+    check_loading,
     check_loads_weights,
-    check_stays_here,
     install,
     loads_weights,
     reduce_max_over,
@@ -173,10 +173,10 @@ class OnlineMoEMethod(_MoEMethod):
     uses_meta_device = True
 
     def create_weights(self, layer: Any, *sizes: Any, **named: Any) -> None:
-        check_stays_here(self.prefix)
+        check_loading(self.prefix, self.moe.moe_parallel_config.tp_size)
         super().create_weights(layer, *sizes, **named)
         initialize_online_processing(layer)
-        self.loads_weights = loads_weights(self.prefix, self.moe.moe_parallel_config.tp_size)
+        self.loads_weights = loads_weights()
 
     def _create(
         self, layer: Any, stem: str, shape: neutral.WeightShape, dtype: torch.dtype, attributes: dict[str, Any]
