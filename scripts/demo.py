@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import NamedTuple
 import demo_model
 from ending import Signals
 from openai import OpenAI, OpenAIError
+from ports import check_free, free_port
 from rich.console import Console
 from rich.table import Table
 
@@ -203,21 +203,16 @@ def run(server: Server) -> Result:
     return Result(server.model.name, ready, tokens / seconds, stored["bits"], stored["fours"])
 
 
-def free_port(wanted: int | None) -> int:
+def port_for(wanted: int | None) -> int:
     """The wanted port if it is free, else one that is."""
     if wanted is not None:
         try:
-            return _bind(wanted)
+            check_free(wanted)
         except (OSError, OverflowError) as error:
             print(f"port {wanted} cannot be used ({error}); taking another")
-    return _bind(0)
-
-
-def _bind(port: int) -> int:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # As vLLM does: a port just left is free.
-        probe.bind(("127.0.0.1", port))
-        return int(probe.getsockname()[1])
+        else:
+            return wanted
+    return free_port()
 
 
 def summarize(results: list[Result]) -> None:
@@ -247,7 +242,7 @@ def main() -> None:
     os.environ["no_proxy"] = "127.0.0.1"
     results = []
     for build in [demo_model.dense] if args.keep else [demo_model.dense, demo_model.moe]:
-        server = Server(build(demo_model.DEFAULT_CACHE), free_port(args.port), signals)
+        server = Server(build(demo_model.DEFAULT_CACHE), port_for(args.port), signals)
         atexit.register(server.stop)  # However the demo ends. Before the start, so that no signal comes in between.
         results.append(run(server))
         if not args.keep:

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from ports import free_port
 from server_client import ServerError
 
 GRACE_SECONDS = 20
-ERROR = re.compile(r"\b\w*(Error|Exception)\b:? |\berror: ")
+ERROR = re.compile(r"\b\w*(Error|Exception)\b:? |\berror: |\[Errno \d")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -34,7 +35,7 @@ class ServerProcess:
             raise ServerError("--serve: got no command; needs one as 'vllm serve MODEL'")
         port = _port(self._command)
         if port is None:
-            port = _free_port()
+            port = free_port()
             self._command += ["--port", str(port)]
         self.base_url = f"http://127.0.0.1:{port}/v1"
         self.log = log
@@ -152,9 +153,3 @@ def _port(command: list[str]) -> int | None:
                 raise ServerError(f"--serve: --port {value!r} is no port; needs 1 to 65535")
             found = int(value)
     return found
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

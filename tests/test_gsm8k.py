@@ -19,6 +19,7 @@ import gsm8k_answers
 import gsm8k_data
 import gsm8k_log
 import gsm8k_statistics
+import ports
 import pytest
 import server_client
 from conftest import ROOT
@@ -742,6 +743,41 @@ def test_a_port_in_use_is_refused(tmp_path: Path, data: list[str], capsys: pytes
     assert f"port {port} is in use" in capsys.readouterr().err
     assert gsm8k.main(["--serve", "python never.py --port many", *arguments]) == 1
     assert "--port 'many' is no port" in capsys.readouterr().err
+
+
+def test_a_port_is_free_and_none_that_systems_hand_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        assert ports.free_port() < min(22000, taken)
+        monkeypatch.setattr(ports, "PORTS", range(taken, taken + 1))
+        with pytest.raises(OSError, match=f"none of the ports {taken} to {taken} is free"):
+            ports.free_port()
+    assert ports.free_port() == taken
+
+
+def test_a_server_that_loses_its_port_says_so(
+    tmp_path: Path, data: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = tmp_path / "late.py"
+    program.write_text("""
+import socket, sys
+port = int(sys.argv[sys.argv.index("--port") + 1])
+with socket.socket() as other, socket.socket() as own:
+    other.bind(("127.0.0.1", port))
+    other.listen()
+    try:
+        own.bind(("127.0.0.1", port))
+    except OSError as error:
+        print("ERROR:   ", error, *["stopping"] * 20, sep="\\n")
+        sys.exit(3)
+""")
+    command = f"{sys.executable} {program}"
+    assert gsm8k.main(["--serve", command, "--out", str(tmp_path / "out.json"), *data]) == 1
+    error = capsys.readouterr().err
+    assert "the server ended, with status 3" in error
+    assert "Address already in use" in error
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

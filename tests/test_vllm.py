@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -35,6 +34,7 @@ from engines import (
     reference_linear,
     run_engine,
 )
+from ports import free_port
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -475,9 +475,7 @@ if __name__ == "__main__":
 @contextmanager
 def serving(model: Path, log: Path) -> Iterator[str]:
     """`vllm serve MODEL --quantization nvfp4_4over6` on a free port; yields its base URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     vllm = Path(sys.executable).with_name("vllm")
     config = ROOT / "configs" / "serve" / "vllm-cpu.yaml"
     command = [str(vllm), "serve", str(model), "--quantization", "nvfp4_4over6", "--config", str(config)]
