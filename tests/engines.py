@@ -84,6 +84,17 @@ def random_model(config: Mapping[str, Any], folder: Path, device: str = "cpu") -
     return folder
 
 
+def random_mamba(folder: Path) -> Path:
+    """A random Mamba-2 in BF16 whose one group two ranks share: a loader of its own gives both a copy."""
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 1024, "hidden_size": 256, "num_heads": 8, "head_dim": 64, "state_size": 16, "n_groups": 1}
+    config = Mamba2Config(**sizes, num_hidden_layers=2, chunk_size=16, initializer_range=0.1)
+    Mamba2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
 def random_adapter(folder: Path, rank: int) -> Path:
     """A LoRA adapter for attention of a model of SMALL's sizes."""
     tensors: dict[str, torch.Tensor] = {}

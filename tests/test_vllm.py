@@ -29,6 +29,7 @@ from engines import (
     flat,
     options,
     random_adapter,
+    random_mamba,
     random_model,
     reference_experts,
     reference_linear,
@@ -287,17 +288,33 @@ def parallel(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         "two with expert parallel": {"model": w4a16, "options": {**two, "enable_expert_parallel": True}},
     }
     folder = tmp_path_factory.mktemp("parallel")
+    mamba = random_mamba(folder / "bf16")
+    quantize_checkpoint(mamba, folder / "w4a16", fos.preset("w4a16"))
+    jobs |= {
+        "one Mamba": {"model": str(folder / "w4a16")},
+        "two Mambas online": {"model": str(mamba), "options": {**online, **two}},
+        "two Mambas stored": {"model": str(folder / "w4a16"), "options": two},
+    }
     return run_engine(folder, jobs, SMALL_PROMPTS, VLLM_CPU_OMP_THREADS_BIND="0|1")
 
 
-@pytest.mark.parametrize("way", ["two online", "two stored", "two with expert parallel"])
-def test_two_ranks_answer_otherwise_than_one(parallel: dict[str, Any], way: str) -> None:
-    assert (flat(parallel[way]) - flat(parallel["one"])).abs().max() < 0.06
+@pytest.mark.parametrize(
+    ("way", "one"),
+    [
+        ("two online", "one"),
+        ("two stored", "one"),
+        ("two with expert parallel", "one"),
+        ("two Mambas stored", "one Mamba"),
+    ],
+)
+def test_two_ranks_answer_otherwise_than_one(parallel: dict[str, Any], way: str, one: str) -> None:
+    assert (flat(parallel[way]) - flat(parallel[one])).abs().max() < 0.06
 
 
-def test_two_ranks_quantize_for_their_own_amax(parallel: dict[str, Any]) -> None:
+@pytest.mark.parametrize("ranks", ["two", "two Mambas"])
+def test_two_ranks_quantize_for_their_own_amax(parallel: dict[str, Any], ranks: str) -> None:
     """With one amax over the ranks, online bytes are slices of the stored ones: not a bit differs."""
-    assert torch.equal(flat(parallel["two online"]), flat(parallel["two stored"]))
+    assert torch.equal(flat(parallel[f"{ranks} online"]), flat(parallel[f"{ranks} stored"]))
 
 
 def changed(

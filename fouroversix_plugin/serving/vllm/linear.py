@@ -37,6 +37,8 @@ from fouroversix_plugin.weights import missing, quantize_weight
 DONE = "_already_called_process_weights_after_loading"
 """vLLM calls the hook again after layerwise loading, and clears this attribute when it really reloads a layer."""
 
+ONLINE_LOADER = "online_process_loader"
+"""Name of what vLLM puts around the loader of a weight that is quantized while loading."""
 
 LATENCY_GEMM = "_use_min_latency_gemm"
 """Whether DeepSeek's latent attention multiplies by ``layer.weight`` itself."""
@@ -137,10 +139,10 @@ class OnlineLinearMethod(_LinearMethod):
 
     def _create(self, layer: Any, shape: neutral.WeightShape, dtype: torch.dtype, loader: Callable[..., Any]) -> None:
         check_loading(self.prefix, layer.tp_size)
-        weight = shape.full_precision(dtype)
-        checked = check_before(without_its_layer(loader), self.prefix, self._rows_of(layer), shape.full_columns)
-        parameter = ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=checked)
-        layer.register_parameter("weight", parameter)
+        weight, columns = shape.full_precision(dtype), shape.full_columns
+        checked = check_before(without_its_layer(loader), self.prefix, self._rows_of(layer), columns)
+        about = {"loader": checked, "layer": layer, "name": self.prefix, "full_columns": columns}
+        layer.register_parameter("weight", _ArrivingParameter(weight, **about))
         initialize_online_processing(layer)
         self.loads_weights = loads_weights()
 
@@ -149,6 +151,36 @@ class OnlineLinearMethod(_LinearMethod):
             check_all_loaded(layer, self.prefix, layer.weight.numel())
         reduce = reduce_max_over(get_tp_group()) if layer.tp_size > 1 else None
         return quantize_weight(self.prefix, layer.weight.data, self.scheme.weights, reduce)
+
+
+class _ArrivingParameter(ModelWeightParameter):
+    """A full-precision weight whose arriving vLLM counts, also by a loader that a model sets later.
+
+    Mamba-2 does so where ranks share one group: a copy past the count would go nowhere.
+
+    Args:
+        data: [N, K] on the meta device.
+        loader: of the layer, checked.
+        layer: whose ``weight`` this is.
+        name: of the layer, for errors.
+        full_columns: K over all ranks.
+    """
+
+    def __init__(self, data: Tensor, *, loader: Callable[..., Any], layer: Any, name: str, full_columns: int) -> None:
+        super().__init__(data=data, input_dim=1, output_dim=0, weight_loader=loader)
+        self._checked, self._layer, self._where = loader, weakref.ref(layer), (name, full_columns)
+
+    def _set_loader(self, loader: Callable[..., Any]) -> None:
+        own = loader is not self._checked and getattr(loader, "__name__", "") != ONLINE_LOADER
+        if own:
+            name, full_columns = self._where
+            # How many rows it takes, of which some go to several ranks, it alone knows.
+            loader = self._checked = check_before(loader, name, lambda *shard, **named: None, full_columns)
+        ModelWeightParameter.weight_loader.fset(self, loader)
+        if own:
+            initialize_online_processing(self._layer())
+
+    weight_loader = ModelWeightParameter.weight_loader.setter(_set_loader)
 
 
 def loads_weights() -> bool:
