@@ -377,6 +377,17 @@ def test_hopper_is_passed_over(
     assert "hopper: activations are torch.float32; blackwell: compute capability 9.0" in log.records[-1].message
 
 
+@pytest.mark.parametrize("rows", [8, 24, 3352])
+def test_hopper_is_given_rows_that_it_cannot_multiply(
+    blackwells: Callable[..., None], monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture, rows: int
+) -> None:
+    """Some linear-attention layers have few: a number for each head."""
+    blackwells((9, 0))
+    monkeypatch.setattr(hopper, "reason", lambda device: None)
+    assert cuda.choose(packed(rows, 64), BF16, "W4A16") == "triton"
+    assert f"hopper: {rows} rows, needed a multiple of 16" in log.records[-1].message
+
+
 def test_a_layer_is_prepared_for_another_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     prepare = ops.prepare_weight

@@ -43,7 +43,7 @@ from fouroversix_plugin.nvfp4 import NVFP4Tensor
 from fouroversix_plugin.recipe import Recipe
 
 # (N, K): less than a tile of any kernel, no multiple of one, and as many rows and columns as layers have.
-SMALL = [(16, 16), (48, 576), (144, 80)]
+SMALL = [(16, 16), (24, 144), (48, 576), (144, 80)]
 ALL = [*itertools.product((16, 48, 4112), (16, 576, 1536, 14336)), (272, 1936), (48, 3136)]
 TOKENS = {
     "cpu": (0, 1, 7, 8, 9, 64, 65, 129),

@@ -97,7 +97,11 @@ def choose(packed: Tensor, dtype: torch.dtype, scheme: str) -> Products:
 
 
 def _no_hopper(packed: Tensor, dtype: torch.dtype) -> str | None:
-    return hopper.reason(packed.device) if dtype in hopper.DTYPES else f"activations are {dtype}"
+    if dtype not in hopper.DTYPES:
+        return f"activations are {dtype}"
+    if packed.shape[-2] % hopper.ROWS:
+        return f"{packed.shape[-2]} rows, needed a multiple of {hopper.ROWS}"
+    return hopper.reason(packed.device)
 
 
 @functools.cache

@@ -20,6 +20,8 @@ from fouroversix_plugin.recipe import Recipe
 from fouroversix_plugin.reference import Activation
 
 DTYPES: Final = (torch.bfloat16, torch.float16)
+ROWS: Final = 16
+"""What N is a multiple of."""
 
 _ACTIVATIONS: Final = get_args(Activation)
 _PINNED_SILU: Final = len(_ACTIVATIONS)
