@@ -136,6 +136,26 @@ def test_a_cache_home_that_the_standard_forbids_is_used(monkeypatch: pytest.Monk
     assert build.cache_directory() == Path.home() / ".cache" / "fouroversix" / "kernels"
 
 
+def test_options_for_nvcc_in_the_environment_change_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's compiler is chosen there, by conda for one, and nothing else."""
+    monkeypatch.setattr(build, "nvcc", lambda: "nvcc")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    usual = build._cuda_recipe()
+    monkeypatch.setenv("NVCC_PREPEND_FLAGS", "--use_fast_math -ccbin=/opt/g++")
+    monkeypatch.setenv("NVCC_APPEND_FLAGS", "-ftz=true")
+    asked = build._cuda_recipe()
+    assert asked.compile == tuple((*command, "-ccbin", "/opt/g++") for command in usual.compile)
+    assert asked.link == (*usual.link[:1], "-ccbin", "/opt/g++", *usual.link[1:])
+    unseen = "import os, sys; sys.exit(any(name.startswith('NVCC_') for name in os.environ))"
+    build._run([sys.executable, "-c", unseen])
+    monkeypatch.setenv("NVCC_PREPEND_FLAGS", "-O3 -ccbin")
+    with pytest.raises(build.BuildError, match=r"NVCC_PREPEND_FLAGS.*expected one argument"):
+        build._cuda_recipe()
+
+
 def test_architecture_flags_miss_the_instructions_of_the_very_chip() -> None:
     assert build.architecture_flags((9, 0)) == ("-gencode=arch=compute_90a,code=sm_90a",)
     assert build.architecture_flags((10, 0)) == ("-gencode=arch=compute_100a,code=sm_100a",)

@@ -10,12 +10,14 @@ The environment chooses where things lie (``XDG_CACHE_HOME``, ``CUDA_HOME``, ``P
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import functools
 import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -48,6 +50,7 @@ _ISAS: Final = {
 }
 NVCC_STRICT: Final = ("-fmad=false", "-prec-div=true", "-prec-sqrt=true", "-ftz=false")
 _CUDA_DTYPES: Final = ("bf16", "fp16", "fp32")
+_NVCC_OPTIONS: Final = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
 LEAST_CAPABILITY: Final = (8, 0)
 HOPPER: Final = (9, 0)
 
@@ -181,8 +184,8 @@ def _compile(recipe: _Recipe, directory: Path) -> Path:
 
 
 def _run(command: Sequence[str]) -> None:
-    # nvcc appends what it finds there to its options, and they could ask for other arithmetic.
-    environment = {name: value for name, value in os.environ.items() if name != "NVCC_APPEND_FLAGS"}
+    # nvcc adds what it finds there to its options, and they could ask for other arithmetic.
+    environment = {name: value for name, value in os.environ.items() if name not in _NVCC_OPTIONS}
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, env=environment
     )
@@ -251,6 +254,18 @@ def nvcc() -> str:
     return found
 
 
+def _host_compiler() -> tuple[str, ...]:
+    """nvcc's option for the host's compiler, where the environment gives one: conda's packages do so."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("-ccbin", "--compiler-bindir")
+    try:
+        words = [word for name in _NVCC_OPTIONS for word in shlex.split(os.environ.get(name, ""))]
+        found = parser.parse_known_args(words)[0].compiler_bindir
+    except (argparse.ArgumentError, ValueError) as error:
+        raise BuildError(f"{' or '.join(_NVCC_OPTIONS)}: {error}") from error
+    return () if found is None else ("-ccbin", found)
+
+
 def architecture_flags(capability: tuple[int, int]) -> tuple[str, ...]:
     """nvcc's options for machine code of a compute capability, with what is only in that very chip from 9.0 on."""
     number = f"{capability[0]}{capability[1]}{'a' if capability >= (9, 0) else ''}"
@@ -306,5 +321,6 @@ def _cuda_recipe() -> _Recipe:
     commands.append((*bindings, "-DFOS_LIBRARY=fouroversix_cuda", "-DFOS_KEY=CUDA", "-c", str(csrc() / "bindings.cpp")))
     if HOPPER in capabilities:
         commands += [*product_commands(compiler), (*bindings, "-c", str(csrc() / "bindings_sm90.cpp"))]
-    link = (compiler, "-shared", "-cudart=static", *machine, *libraries, "-ltorch_cuda")
-    return _Recipe(tuple(commands), link)
+    host = _host_compiler()
+    link = (compiler, *host, "-shared", "-cudart=static", *machine, *libraries, "-ltorch_cuda")
+    return _Recipe(tuple((*command, *host) for command in commands), link)
