@@ -277,7 +277,8 @@ Shape shape_of(const Quantize& q) {
   shape.parts = static_cast<int>(most < spare ? most : spare);
   shape.parts = shape.parts > 1 ? shape.parts : 1;
   shape.scale_stride = scale_stride(q);
-  constexpr int64_t kSharedMemory = 48 << 10;
+  // What a launch has without asking, but for `largest`.
+  constexpr int64_t kSharedMemory = (48 << 10) - kMaxThreads / kUnit * sizeof(uint32_t);
   const int64_t stash = q.columns * size_of(kDtype);
   const bool twice = q.gated && q.scope == Scope::token && q.amax == nullptr;
   if (twice && stash * shape.groups <= kSharedMemory) shape.stash = static_cast<unsigned>(stash);

@@ -316,7 +316,7 @@ def _add_splits(
     """Write ``out`` [M, N] from the sums [S, M, N] of S splits, the first one first; ``own``: of our kernels."""
     splits, tokens, rows = sums.shape
     with triton.device_of(out):
-        _kernels().add_splits[(-(-rows // 256), -(-tokens // 4))](
+        _kernels().add_splits[(-(-tokens // 4), -(-rows // 256))](  # a grid's second axis ends at 65535
             sums,
             decode_scale,
             token_scale,
@@ -392,7 +392,7 @@ def moe(
         codes, scales, decode_scale = weight
         rows = out.shape[1]
         with triton.device_of(x):
-            kernels.multiply_experts[(-(-rows // chosen.rows), tiles)](
+            kernels.multiply_experts[(-(-rows // chosen.rows) * tiles,)](
                 triton.readable(values),
                 codes,
                 scales,

@@ -347,8 +347,8 @@ def add_splits(
 
     OWN as :func:`_scaled` has it.
     """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     existing_row, existing = tl.minimum(row, rows - 1), tl.minimum(token, tokens - 1)
     at = existing.to(tl.int64)[None, :] * rows + existing_row[:, None]
     total = tl.load(sums + at)
@@ -417,7 +417,7 @@ def multiply_experts(
     dtype: tl.constexpr = x.dtype.element_ty if COMPILED else tl.float32
     GATED: tl.constexpr = ACTIVATION != ""
     # Tiles are numbered expert by expert.
-    tile = tl.program_id(1)
+    tile, row_tile = tl.program_id(0) // tl.cdiv(rows, ROWS), tl.program_id(0) % tl.cdiv(rows, ROWS)
     e = tl.arange(0, EXPERTS)
     begins = tl.load(offsets + e, e < experts, other=0)
     ends = tl.load(offsets + e + 1, e < experts, other=0)
@@ -429,7 +429,7 @@ def multiply_experts(
     tile -= tl.sum(tl.where(before, tiles, 0), axis=0)
     end = tl.load(offsets + expert + 1)
     place = tl.load(offsets + expert) + tile * TOKENS + tl.arange(0, TOKENS)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = row_tile * ROWS + tl.arange(0, ROWS)
     existing_row, existing = tl.minimum(row, rows - 1), tl.minimum(place, end - 1)
 
     slot = tl.load(slots + existing)
