@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _IDS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
+@torch.no_grad()
 def quantize(
     x: Tensor,
     recipe: Recipe | None = None,
@@ -54,6 +57,7 @@ def quantize(
     return select("quantize", "", x.shape, x.device, backend).quantize(x, recipe, granularity, amax)
 
 
+@torch.no_grad()
 def dequantize(q: NVFP4Tensor, dtype: torch.dtype = torch.float32, backend: str | None = None) -> Tensor:
     """(e2m1 * block_scale) * decode_scale in fp32, rounded once to ``dtype``: [..., M, K].
 
@@ -62,9 +66,11 @@ def dequantize(q: NVFP4Tensor, dtype: torch.dtype = torch.float32, backend: str 
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype: got {dtype}, needed bfloat16, float16 or float32")
+    _check_quantized("q", q)
     return select("dequantize", "", q.shape, q.device, backend).dequantize(q, dtype)
 
 
+@torch.no_grad()
 def linear(
     x: Tensor,
     q: NVFP4Tensor,
@@ -93,10 +99,12 @@ def linear(
     _check_recipe("activations", activations)
     if bias is not None and tuple(bias.shape) != (N,):
         raise ValueError(f"bias: got shape {tuple(bias.shape)}, needed ({N},)")
+    _check_device(x, bias=bias)
     chosen = select("linear", _scheme(activations), q.shape, x.device, backend)
     return chosen.linear(flat, q, activations, bias).reshape(*x.shape[:-1], N)
 
 
+@torch.no_grad()
 def moe(
     x: Tensor,
     w13: NVFP4Tensor,
@@ -133,6 +141,7 @@ def moe(
     _check_recipe("activations", activations)
     if twice_inner % 2:
         raise ValueError(f"w13: got {twice_inner} rows, needed as many of gate as of up")
+    _check_quantized("w2", w2)
     needed = (E, H, twice_inner // 2)
     if tuple(w2.shape) != needed or w2.device != x.device:
         raise ValueError(f"w2: got {tuple(w2.shape)} on {w2.device}, needed {needed} on {x.device} for this w13 and x")
@@ -144,6 +153,7 @@ def moe(
             f"topk_weights {tuple(topk_weights.shape)} and topk_ids {tuple(topk_ids.shape)} {topk_ids.dtype}: "
             f"needed the same shape, one row per token ({flat.shape[0]}), and integer ids"
         )
+    _check_device(x, topk_weights=topk_weights, topk_ids=topk_ids)
     chosen = select("moe", _scheme(activations), w13.shape, x.device, backend)
     out = chosen.moe(flat, w13, w2, weights, ids, activations, activation, apply_router_weight_on_input)
     return out.reshape(x.shape)
@@ -162,7 +172,7 @@ def _check_recipe(where: str, recipe: object) -> None:
 def _flat(x: Tensor) -> Tensor:
     if x.ndim == 0:
         raise ValueError("got a 0-d tensor, needed [..., columns]")
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])  # spelled out: -1 is ambiguous when there are no tokens
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # spelled out: -1 is ambiguous when there are no tokens
 
 
 def _check_matrix(where: str, x: Tensor) -> None:
@@ -173,7 +183,20 @@ def _check_matrix(where: str, x: Tensor) -> None:
     check_columns(where, x.shape[1])
 
 
+def _check_device(x: Tensor, **others: Tensor | None) -> None:
+    """Tensors on the meta device would make torch take the kernel that only knows shapes."""
+    for where, other in others.items():
+        if other is not None and other.device != x.device:
+            raise ValueError(f"{where}: got a tensor on {other.device}, needed one on {x.device}, where x is")
+
+
+def _check_quantized(where: str, q: object) -> None:
+    if not isinstance(q, NVFP4Tensor):
+        raise ValueError(f"{where}: got {type(q).__name__}, needed an NVFP4Tensor, as quantize makes it")
+
+
 def _check_weight(where: str, q: NVFP4Tensor, x: Tensor, dims: int) -> torch.Size:
+    _check_quantized(where, q)
     if len(q.shape) != dims or q.shape[-1] != x.shape[-1] or q.device != x.device:
         needed = "[N, K]" if dims == 2 else "[E, 2I, K]"
         raise ValueError(

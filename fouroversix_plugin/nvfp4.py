@@ -56,7 +56,8 @@ class NVFP4Tensor:
                 f"block_scale: got shape {tuple(self.block_scale.shape)}, needed {expected} "
                 f"for packed {tuple(self.packed.shape)}"
             )
-        if tuple(self.decode_scale.shape) not in {tuple(lead), (*lead, rows)}:
+        # Compared, not looked up: sizes can be symbols, which have no hash.
+        if tuple(self.decode_scale.shape) not in (tuple(lead), (*lead, rows)):
             raise ValueError(
                 f"decode_scale: got shape {tuple(self.decode_scale.shape)}, needed {tuple(lead)} (one per matrix) "
                 f"or {(*lead, rows)} (one per row)"

@@ -316,6 +316,7 @@ def moe(
     Every expert sees every token, so that no shape or branch depends on the routing (CUDA graphs).
     """
     M, top_k = topk_ids.shape
+    topk_ids = topk_ids.long()  # narrower ones are compared with the number of an expert cut to their width
     half, H = w13.shape[-2] // 2, w2.shape[-2]
     rows = x.unsqueeze(1)  # [M, 1, H]: what an expert sees of a token ...
     if apply_router_weight_on_input:

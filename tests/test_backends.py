@@ -1,10 +1,12 @@
 """Every backend against the specification: the same bytes where bytes are promised, the same numbers elsewhere."""
 
+import gc
 import hashlib
 import math
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,7 +18,7 @@ from torch import Tensor
 
 import fouroversix_plugin as fos
 from fouroversix_plugin import kernels, reference
-from fouroversix_plugin.kernels import build, cpu, ops
+from fouroversix_plugin.kernels import build, cpu, cpu_torch, ops
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
 from fouroversix_plugin.recipe import Recipe
 from fouroversix_plugin.weights import quantize_weight
@@ -179,6 +181,39 @@ def test_the_callers_tensors_are_not_written_to() -> None:
     assert_same_tensor("prepared weight", prepared.weight, held)
     for tensor, copy in zip(given, before, strict=True):
         assert_same_tensor("input", tensor, copy)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [torch.ones(1, 16), torch.ones(8193, 16), torch.ones(16, 3).t()],
+    ids=["one row", "a row past a chunk", "by columns"],
+)
+def test_without_a_compiler_the_callers_tensor_is_written_to(x: Tensor) -> None:
+    """Where blocks in the order of columns would be x itself."""
+    x[-1, 0], x[-1, 3] = -0.0, torch.nan
+    before = x.clone()
+    cpu_torch.quantize(x, Recipe(), "token")
+    cpu_torch.quantize_values(x, Recipe())
+    assert_same_tensor("x", x, before)
+
+
+def test_what_is_quantized_is_kept_or_asks_for_gradients() -> None:
+    """As parameters are given, whose graph would hold them, and whose results could be neither copied nor NumPy's."""
+    x, w13, w2 = torch.nn.Parameter(torch.randn(3, 64)), *experts()
+    for backend in ("cpu", "reference"):
+        source = torch.nn.Parameter(torch.randn(32, 64))
+        kept, q = weakref.ref(source), fos.quantize(source, backend=backend)
+        del source
+        gc.collect()
+        assert kept() is None
+        bias = torch.nn.Parameter(torch.randn(32))
+        results = (
+            *parts(q),
+            fos.dequantize(q, backend=backend),
+            fos.linear(x, q, Recipe(), bias, backend),
+            fos.moe(x, w13, w2, *routing(3), Recipe(), backend=backend),
+        )
+        assert not any(result.requires_grad for result in results)
 
 
 def parts(q: NVFP4Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -348,6 +383,17 @@ def test_cpu_moe_has_the_numbers_of_the_reference(
         assert packed.shape == (0, 128)
 
 
+def test_narrow_ids_are_those_of_other_experts() -> None:
+    """-1 in eight bits is 255 to whoever cuts the number of an expert to them, and 5 is 261."""
+    w13, w2 = (quantize_weight(name, torch.randn(300, rows, 16), Recipe()) for name, rows in (("w13", 32), ("w2", 16)))
+    x, ids = torch.ones(2, 16), torch.tensor([[-1], [5]])
+    expected = reference.moe(x, w13, w2, torch.ones(2, 1), ids)
+    assert not expected[0].any()
+    for backend in ("cpu", "reference"):
+        y = fos.moe(x, w13, w2, torch.ones(2, 1), ids.to(torch.int8), backend=backend)
+        assert_close(y, expected, 1e-6, 1e-5)
+
+
 def test_scales_after_silu_are_others_on_the_cpu() -> None:
     # Weights with a single 1 a row: sums are of one product, the same in any order, and bring every bit to the result.
     # Gates around 0.3 decide rows' scales: there the exponentials of libraries differ most often.
@@ -484,6 +530,41 @@ def test_compiled_code_has_the_bytes_of_eager_code() -> None:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
+def test_another_number_of_rows_is_not_compiled_again() -> None:
+    graphs, w = [], weight(32, 64)
+
+    def count(graph: torch.fx.GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    def run(x: Tensor) -> Tensor:
+        return fos.dequantize(fos.quantize(x, granularity="token")) + fos.linear(x, w).sum()
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=count)
+    for rows in range(2, 20):
+        compiled(torch.ones(rows, 64))
+    assert len(graphs) == 1
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_model_takes_one_number_of_rows(strict: bool) -> None:
+    w, (w13, w2) = weight(64, 64), experts()
+
+    class Model(torch.nn.Module):
+        def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+            q = fos.quantize(fos.linear(x, w, Recipe()), granularity="token")
+            return fos.moe(fos.dequantize(q), w13, w2, topk_weights, topk_ids)
+
+    def given(rows: int) -> tuple[Tensor, ...]:
+        return mixed_magnitudes(rows, 64, seed=rows), *routing(rows)
+
+    rows = {0: torch.export.Dim("rows", min=2, max=4096)}
+    exported = torch.export.export(Model(), given(5), dynamic_shapes=(rows,) * 3, strict=strict)
+    assert_same_tensor("y", exported.module()(*given(9)), Model()(*given(9)))
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_a_given_amax_does_not_break_the_graph() -> None:
     def run(x: Tensor, amax: Tensor) -> Tensor:
         return fos.quantize(x, amax=amax).packed
@@ -583,9 +664,18 @@ W = weight(32, 64)
         ),
         (lambda: fos.linear(torch.ones(2, 32), W), r"q: got \(32, 64\) on cpu, needed \[N, K\] with K = 32 on cpu"),
         (lambda: fos.linear(torch.ones(2, 64), W, bias=torch.ones(2)), r"bias: got shape \(2,\), needed \(32,\)"),
+        (lambda: fos.linear(torch.ones(2, 64), W, bias=torch.ones(32, device="meta")), "bias: got a tensor on meta"),
+        (lambda: fos.linear(torch.ones(2, 64), torch.ones(32, 64)), "q: got Tensor, needed an NVFP4Tensor"),  # type: ignore[arg-type]
+        (lambda: fos.dequantize(torch.ones(32, 64)), "q: got Tensor, needed an NVFP4Tensor"),  # type: ignore[arg-type]
         (lambda: fos.linear(torch.ones(()), W), "got a 0-d tensor"),
         (lambda: fos.linear(torch.ones(2, 64), experts()[0]), r"q: got \(4, 96, 64\) on cpu, needed \[N, K\]"),
         (lambda: moe(w2=experts(inner=32)[1]), r"w2: got \(4, 64, 32\) on cpu, needed \(4, 64, 48\) on cpu"),
+        (lambda: moe(w2=torch.ones(4, 64, 48)), "w2: got Tensor, needed an NVFP4Tensor"),
+        (
+            lambda: moe(topk_weights=torch.ones(3, 2, device="meta")),
+            "topk_weights: got a tensor on meta, needed .* cpu",
+        ),
+        (lambda: moe(topk_ids=torch.ones(3, 2, device="meta").int()), "topk_ids: got a tensor on meta"),
         (lambda: moe(w13=W), r"w13: got \(32, 64\) on cpu, needed \[E, 2I, K\]"),
         (lambda: moe(activation="relu"), "activation: got 'relu', needed 'silu', 'gelu' or 'gelu_tanh'"),
         (lambda: moe(topk_ids=torch.zeros(3, 1).int()), r"topk_weights \(3, 2\) and topk_ids \(3, 1\)"),

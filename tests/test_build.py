@@ -85,6 +85,17 @@ def test_a_cache_that_cannot_be_written_stops_the_caller(tmp_path: Path) -> None
     assert "no compiled cpu kernels" in err
 
 
+def test_a_cache_that_may_not_be_looked_into_is_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As another user's, whose HOME a container kept. Root may look everywhere."""
+
+    def forbidden(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", forbidden)
+    monkeypatch.setattr(build, "_path", lambda name, recipe: Path("/home/other/.cache/kernels.so"))
+    assert "Permission denied: '/home/other/.cache" in str(build.reason("cpu"))
+
+
 def test_importing_compiles(tmp_path: Path) -> None:
     script = "import fouroversix_plugin.kernels.ops, fouroversix_plugin as fos; print(fos.backends()['cpu'])"
     out, err = start(script, tmp_path).communicate(timeout=60)

@@ -94,11 +94,11 @@ def reason(name: Name) -> str | None:
         return _failures[name]
     try:
         path = _path(name, _recipe(name))
-    except BuildError as error:
+        directory = _first_existing(path.parent)
+        if path.exists() or os.access(directory, os.W_OK):
+            return None
+    except (BuildError, OSError) as error:
         return str(error)
-    directory = _first_existing(path.parent)
-    if path.exists() or os.access(directory, os.W_OK):
-        return None
     return f"{directory} is not writable, so there is nowhere to keep compiled kernels"
 
 

@@ -21,9 +21,9 @@ _CHUNK_BLOCKS = 8192
 """Blocks at a time: the [16, 2, B] fp32 temporaries of a chunk (1 MiB each, shared by the cores) stay near L2."""
 
 _FLT_MAX = torch.finfo(torch.float32).max
-# With their dtype: this may be imported while an engine builds a model under a bf16 default.
-_SIX = torch.tensor(E2M1_MAX, dtype=torch.float32)
-_ONE = torch.tensor(1.0, dtype=torch.float32)
+# With dtype and device: this may be imported while an engine builds a model under other defaults.
+_SIX = torch.tensor(E2M1_MAX, dtype=torch.float32, device="cpu")
+_ONE = torch.tensor(1.0, dtype=torch.float32, device="cpu")
 
 
 def quantize(x: Tensor, recipe: Recipe, granularity: Granularity = "tensor", amax: Tensor | None = None) -> NVFP4Tensor:
@@ -81,7 +81,8 @@ def _round_blocks(x: Tensor, recipe: Recipe, scales: tuple[Tensor, Tensor, Tenso
         (x as [16, B] in fp32, the rounded magnitudes [16, B] as e2m1 values, the fp32 block scales [B]).
     """
     amax, encode, decode, finite = scales
-    blocks = x.reshape(-1, BLOCK_SIZE).t().float().contiguous()
+    # A copy, whatever the strides of x: it is written to.
+    blocks = x.reshape(-1, BLOCK_SIZE).t().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     magnitude = blocks.abs()
     largest = magnitude.amax(dim=0)
     if recipe.adaptive:
