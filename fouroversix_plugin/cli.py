@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fouroversix_plugin.checkpoint.write import Progress
 
 _UNITS: Final = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_HUB_FILES: Final = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.py", "LICENSE*")
+_HUB_FILES: Final = ("*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.md", "*.py", "LICENSE*")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

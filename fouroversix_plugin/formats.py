@@ -144,6 +144,9 @@ FOUROVERSIX: Final = Format(
 )
 FORMATS: Final = (OURS, MODELOPT, COMPRESSED_TENSORS, FOUROVERSIX)
 
+_MOST_MTP_LAYERS: Final = 16
+"""More of them are a mistake in a config."""
+
 INPUT_SCALE_RANGE: Final = Recipe(scale_max=448).encoded_amax
 """ModelOpt's ``input_scale`` is the calibrated amax divided by this, whatever range the weights have."""
 
@@ -182,6 +185,24 @@ def quantization_block(
     if hf_quant_config is None:
         return None
     return {"quant_method": "modelopt", **hf_quant_config}
+
+
+def layers_behind_the_last(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Globs of the layers for multi-token prediction (MTP), which DeepSeek's models and their like keep there.
+
+    vLLM calls those of other models so, too, however a checkpoint spells them; SGLang's draft models have a decoder.
+
+    Args:
+        config: ``config.json``.
+    """
+    for part in (config, config.get("text_config")):
+        if not isinstance(part, Mapping):
+            continue
+        layers, more = part.get("num_hidden_layers"), part.get("num_nextn_predict_layers")
+        if type(layers) is int and type(more) is int and more > 0:
+            numbers = range(layers, layers + min(more, _MOST_MTP_LAYERS))
+            return (*(f"*.layers.{n}.*" for n in numbers), "model.decoder.*")
+    return ()
 
 
 def stored_scheme(block: Mapping[str, Any]) -> Stored | None:

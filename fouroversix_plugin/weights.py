@@ -195,5 +195,16 @@ def missing(name: str, part: str) -> str:
     """What to say of a weight that the checkpoint does not hold, or not all of."""
     return (
         f"{name}.{part}: got nothing (or NaN) for at least a part of it, needed the whole tensor in the checkpoint; "
-        f"either the checkpoint is incomplete or its config.json should list {name!r} in `ignore`"
+        f"either the checkpoint is incomplete or its config.json should list {to_ignore(name)!r} in `ignore`"
     )
+
+
+def of_experts(layer: str, stem: str) -> str:
+    """What errors call some of the weights of a layer's experts: ``layer (w13_*)``."""
+    return f"{layer} ({stem}*)"
+
+
+def to_ignore(name: str) -> str:
+    """What `ignore` needs to leave out the layer that errors call ``name``: experts are left out together."""
+    layer, _, stem = name.partition(" (")
+    return f"{layer}*" if stem else name

@@ -176,6 +176,28 @@ def test_other_files_are_copied_and_pickles_and_stale_indexes_are_not(source: Pa
     assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}, "no partial folder"
 
 
+def test_a_folder_of_the_models_own_is_lost(source: Path, tmp_path: Path) -> None:
+    """What embedding models do with the transformer's output, and chat templates; not the model for other runtimes."""
+    folders = {"1_Pooling": "config.json", "2_Dense": "model.safetensors", "onnx": "model.json"}
+    for folder, file in {**folders, "additional_chat_templates": "tool_use.jinja"}.items():
+        (source / folder).mkdir()
+        (source / folder / file).write_text(folder)
+    modules = [{"idx": i, "path": path} for i, path in enumerate(("", "1_Pooling", "2_Dense", "../source", "gone"))]
+    (source / "modules.json").write_text(json.dumps(modules))
+    quantize_checkpoint(source, tmp_path / "out", SCHEME)
+    below = {path.relative_to(tmp_path / "out"): path.read_text() for path in (tmp_path / "out").glob("*/*")}
+    copied = {"1_Pooling/config.json", "2_Dense/model.safetensors", "additional_chat_templates/tool_use.jinja"}
+    assert {str(path) for path in below} == copied
+    assert below[Path("1_Pooling/config.json")] == "1_Pooling"
+    shutil.rmtree(source / "2_Dense")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "secret").write_text("")
+    (source / "2_Dense").symlink_to(tmp_path / "elsewhere")
+    refuse(source, "2_Dense.*needed a file in the folder itself")
+    (source / "modules.json").write_text("{}")
+    refuse(source, "modules.json: got something else, needed a JSON array of objects")
+
+
 @pytest.mark.parametrize("name", ["chat.jinja", CARD])
 def test_a_file_that_cannot_be_copied_is_found_before_the_work(source: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "elsewhere").write_text("secret")
@@ -415,6 +437,16 @@ def test_weights_that_engines_turn_around_are_quantized(tmp_path: Path) -> None:
     assert [alone.reason for alone in plan.left_alone] == ["stored as [K, N], which engines turn around"]
     assert plan.scheme.ignores("transformer.h.0.attn.c_attn")
     assert not plan.scheme.ignores("h.0.mlp.other")
+
+
+def test_what_engines_build_unquantized_is_quantized(tmp_path: Path) -> None:
+    """A Mamba-1 mixer has layers of names that Mamba-2's have, too."""
+    kept = [f"layers.0.mamba.{name}" for name in ("in_proj", "x_proj", "dt_proj", "out_proj")]
+    quantized = ["layers.1.mamba.in_proj", "layers.1.mamba.out_proj", "layers.0.mlp.x_proj"]
+    weights = {f"{name}.weight": torch.ones(16, 32) for name in kept + quantized}
+    plan = quantize_checkpoint(single(tmp_path / "source", weights), tmp_path / "out", SCHEME)
+    assert {alone.name: alone.reason[:10] for alone in plan.left_alone} == dict.fromkeys(kept, "of a Mamba")
+    assert [name for name in kept + quantized if plan.scheme.ignores(name)] == kept
 
 
 @pytest.mark.parametrize("columns", [16, 48, 80, 5136])
@@ -665,6 +697,50 @@ def test_stacked_experts_give_the_files_of_the_unstacked_ones(
     amax = torch.maximum(gate.abs().max(), up.abs().max()).float()
     expected = reference_quantize(up, Recipe(), amax=amax)
     assert_same_bytes(stored(everything(tmp_path / "a"), f"{prefix}.1.up_proj"), expected)
+
+
+def test_experts_of_granite_are_left_as_they_are(tmp_path: Path) -> None:
+    """Stacked beside no module of experts, and with a width that does not tell which dimension is the input."""
+    moe = "model.layers.0.block_sparse_moe"
+    gate_up, down = stack(("gate_proj", "up_proj"), False), stack(("down_proj",), False)
+    shared = torch.ones(32, HIDDEN)
+    tensors = {f"{moe}.input_linear.weight": gate_up, f"{moe}.output_linear.weight": down}
+    tensors["model.layers.0.shared_mlp.input_linear.weight"] = shared
+    source = single(tmp_path / "source", tensors, {**CONFIG, "hidden_size": 2 * INNER})
+    quantize_checkpoint(source, tmp_path / "out", SCHEME)
+    after = everything(tmp_path / "out")
+    for e in range(EXPERTS):
+        for name, weight in (
+            ("gate_proj", gate_up[e, :INNER]),
+            ("up_proj", gate_up[e, INNER:]),
+            ("down_proj", down[e]),
+        ):
+            amax = gate_up[e].abs().max().float() if name != "down_proj" else None
+            expected = reference_quantize(weight, Recipe(), amax=amax)
+            assert_same_bytes(stored(after, f"{moe}.experts.{e}.{name}"), expected)
+    assert_same_bytes(stored(after, "model.layers.0.shared_mlp.input_linear"), reference_quantize(shared, Recipe()))
+
+
+@pytest.mark.parametrize("suffix", ["experts.down_proj", "block_sparse_moe.output_linear.weight"])
+@pytest.mark.parametrize("format", OUTPUT_FORMATS)
+def test_engines_ask_for_stacked_experts_that_were_left_alone(tmp_path: Path, suffix: str, format: str) -> None:
+    tensors = {f"layers.0.{suffix}": torch.ones(2, 48, 24), "layers.0.mlp.weight": torch.ones(16, 32)}
+    source = single(tmp_path / "source", tensors, {**CONFIG, "hidden_size": 48})
+    quantize_checkpoint(source, tmp_path / "out", W4A16, format=format)
+    block = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    holder = "layers.0.experts" if suffix.startswith("experts") else "layers.0.block_sparse_moe.experts"
+    assert holder in block["ignore"]
+
+
+@pytest.mark.parametrize("ignored", ["*.down_proj", "*.experts.0.*", "*.experts.1.gate_proj|*.experts.1.up_proj"])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_layer_of_experts_is_quantized_in_part(tmp_path: Path, ignored: str, stacked: bool) -> None:
+    prefix = "model.layers.0.mlp.experts"
+    apart = {f"{prefix}.{name}": stack((name,), False) for name in ("gate_proj", "up_proj", "down_proj")}
+    source = single(tmp_path / "source", apart if stacked else experts(), {**CONFIG, "hidden_size": HIDDEN})
+    scheme = replace(SCHEME, ignore=(*SCHEME.ignore, *ignored.split("|")))
+    message = "`ignore` matches" if stacked and "experts." in ignored else "engines keep all experts in one layer"
+    refuse(source, message, scheme)
 
 
 def test_the_hidden_size_of_a_text_config_tells_the_orientation(tmp_path: Path) -> None:

@@ -320,6 +320,9 @@ def test_presets_quantize_exactly_the_linear_layers() -> None:
         f"{layer}.mlp.experts.3.down_proj",
         f"{layer}.mlp.shared_expert.up_proj",
         f"{layer}.block_sparse_moe.experts.0.w1",
+        "bert.encoder.layer.0.output.dense",
+        f"{layer}.self_attn.indexer.wq_b",
+        "model.decoder.layers.0.fc1",
     ]
     kept = [
         "lm_head",
@@ -349,6 +352,19 @@ def test_presets_quantize_exactly_the_linear_layers() -> None:
         f"{layer}.altup.modality_router",
         f"{layer}.per_layer_input_gate",
         "model.connector.modality_projection.proj",
+        # What engines build unquantized, under whatever name.
+        "output",
+        "language_model.output",
+        "transformer.output_layer",
+        "classifier.dense",
+        "bert.pooler.dense",
+        "head.dense",
+        f"{layer}.self_attn.q_norm",
+        f"{layer}.self_attn.indexer.wk",
+        f"{layer}.self_attn.indexer.weights_proj",
+        f"{layer}.mlp.text_experts_gate",
+        "model.vision_backbone.image_vit.transformer.0.attention.wq",
+        "model.audio_encoder.layers.0.fc1",
     ]
     scheme = preset("nvfp4_4over6")
     assert [name for name in quantized + kept if scheme.ignores(name)] == kept

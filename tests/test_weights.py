@@ -17,7 +17,7 @@ from fouroversix_plugin import reference
 from fouroversix_plugin.formats import COMPRESSED_TENSORS, FOUROVERSIX, MODELOPT, OURS, Format, Part
 from fouroversix_plugin.kernels import ops
 from fouroversix_plugin.nvfp4 import NVFP4Tensor, scales_to_layout
-from fouroversix_plugin.recipe import Recipe
+from fouroversix_plugin.recipe import Recipe, Scheme
 from fouroversix_plugin.serving.layer import (
     LoadReport,
     WeightShape,
@@ -34,7 +34,8 @@ from fouroversix_plugin.serving.module import (
     rows_in_checkpoint,
     take_stored,
 )
-from fouroversix_plugin.weights import quantize_weight, stored_weight
+from fouroversix_plugin.serving.scheme import served
+from fouroversix_plugin.weights import missing, of_experts, quantize_weight, stored_weight
 
 E4M3 = torch.float8_e4m3fn
 
@@ -187,7 +188,7 @@ def filled(*missing: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("missing", "named"),
+    ("absent", "named"),
     [
         (("packed",), "weight"),
         (("block_scale",), "weight_scale"),
@@ -195,10 +196,23 @@ def filled(*missing: str) -> dict[str, Any]:
         (("packed", "block_scale", "decode_scale"), "weight_scale"),
     ],
 )
-def test_a_part_that_was_never_loaded_is_noticed(missing: tuple[str, ...], named: str) -> None:
+def test_a_part_that_was_never_loaded_is_noticed(absent: tuple[str, ...], named: str) -> None:
     stored_weight(**filled())
     with pytest.raises(ValueError, match=rf"^layers\.0\.qkv_proj\.{named}: got nothing .*incomplete.*`ignore`"):
-        stored_weight(**filled(*missing))
+        stored_weight(**filled(*absent))
+
+
+def test_layers_that_predict_more_tokens_are_quantized_while_loading() -> None:
+    config = {"num_hidden_layers": 61, "num_nextn_predict_layers": 1}
+    scheme = served("model", None, config, None).scheme
+    assert [n for n in (60, 61, 62) if scheme.ignores(f"model.layers.{n}.self_attn.q_b_proj")] == [61]
+
+
+def test_what_an_error_says_of_experts_ignores_nothing() -> None:
+    layer, names = "layers.0.experts", [f"layers.0.experts.{e}.up_proj" for e in range(2)]
+    for name, quantized in ((of_experts(layer, "w13_"), names), (layer, names), ("layers.0.o_proj", [])):
+        (advice,) = re.findall(r"should list '(.+)' in `ignore`", missing(name, "weight"))
+        assert Scheme(ignore=(advice,)).ignores(name.partition(" ")[0], quantized)
 
 
 @pytest.mark.parametrize("shard", [slice(0, 32), slice(32, 48), slice(48, 64)], ids=["q", "k", "v"])

@@ -27,9 +27,8 @@ def config(plan: Plan) -> dict[str, Any]:
 
 def _left_alone(plan: Plan) -> list[str]:
     """Linear modules by name: what other loaders need, whose patterns mean other things than ours."""
-    names = {alone.name for alone in plan.left_alone if alone.linear}
-    # Engines know stacked experts by the module that holds them.
-    return sorted(names | {name.rpartition(".")[0] for name in names if name.rpartition(".")[0].endswith(".experts")})
+    alone = [alone for alone in plan.left_alone if alone.linear]
+    return sorted({a.name for a in alone} | {a.holder for a in alone if a.holder is not None})
 
 
 def _modelopt_block(plan: Plan) -> dict[str, Any]:

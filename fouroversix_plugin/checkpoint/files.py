@@ -173,18 +173,23 @@ class Checkpoint:
             raise CheckpointError(f"{path}: {name}: cannot be read: {error.strerror}") from error
 
 
-def checked_path(folder: Path, file: str) -> Path:
+def checked_path(folder: Path, file: str, subfolder: str = "") -> Path:
     """``folder / file``, which must lie in the folder: links may only lead within it, or to the blobs of a hub cache.
 
     The hub's cache keeps ``snapshots/REVISION/file`` as links to ``blobs/HASH``.
+
+    Args:
+        folder: of a checkpoint.
+        file: its name.
+        subfolder: the name of the folder's own in which the file lies; not a link.
     """
-    path = folder / file
+    path = folder / subfolder / file
     try:
         real, inside = path.resolve(), folder.resolve()
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
         raise CheckpointError(f"{path}: cannot be followed ({error}), needed a file in the folder itself") from error
     blobs = inside.parent.parent / "blobs" if inside.parent.name == "snapshots" else inside
-    if real.parent not in (inside, blobs) or not real.is_file():
+    if real.parent not in (inside / subfolder, blobs) or not real.is_file():
         raise CheckpointError(f"{path}: leads to {real}, needed a file in the folder itself")
     return path
 
@@ -194,17 +199,29 @@ def read_json(path: Path, finite: bool = True) -> dict[str, Any]:
 
     (Some architectures' ``config.json`` holds Infinity, which Python writes and reads.)
     """
+    content = _read_json(path, finite)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: got {type(content).__name__}, needed a JSON object")
+    return content
+
+
+def read_json_objects(path: Path) -> list[dict[str, Any]]:
+    """A JSON array of objects, as strictly."""
+    content = _read_json(path, finite=True)
+    if not isinstance(content, list) or not all(isinstance(item, dict) for item in content):
+        raise CheckpointError(f"{path}: got something else, needed a JSON array of objects")
+    return content
+
+
+def _read_json(path: Path, finite: bool) -> Any:
     try:
         if path.stat().st_size > _LARGEST_JSON:
             raise CheckpointError(f"{path}: got {path.stat().st_size} bytes, needed at most {_LARGEST_JSON}")
-        content = _parse(path.read_text(encoding="utf-8"), finite)
+        return _parse(path.read_text(encoding="utf-8"), finite)
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: got {type(content).__name__}, needed a JSON object")
-    return content
 
 
 def _parse(text: str, finite: bool) -> Any:

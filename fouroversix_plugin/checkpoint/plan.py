@@ -11,8 +11,8 @@ from typing import Final, Literal
 
 from fouroversix_plugin import __version__
 from fouroversix_plugin.checkpoint.files import SINGLE, CheckpointError, StoredTensor
-from fouroversix_plugin.checkpoint.sources import FP8, FULL_PRECISION, Matrix, Source
-from fouroversix_plugin.formats import COMPRESSED_TENSORS, MODELOPT, OURS, Format, Part
+from fouroversix_plugin.checkpoint.sources import FP8, FULL_PRECISION, Matrix, Source, stack_of
+from fouroversix_plugin.formats import COMPRESSED_TENSORS, MODELOPT, OURS, Format, Part, layers_behind_the_last
 from fouroversix_plugin.recipe import BLOCK_SIZE, Scheme
 
 OutputFormat = Literal["nvfp4_4over6", "modelopt", "compressed-tensors"]
@@ -22,9 +22,6 @@ OUTPUT_FORMATS: Final = tuple(_OUTPUT_FORMATS)
 MAX_SHARD_SIZE: Final = 5_000_000_000
 """Bytes of tensors in one file, unless asked otherwise."""
 
-_MOST_MTP_LAYERS: Final = 16
-"""More of them are a mistake in a config."""
-
 _FUSED: Final = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
@@ -32,8 +29,13 @@ _FUSED: Final = (
     ("q_a_proj", "kv_a_proj_with_mqa"),
     ("in_proj_qkv", "in_proj_z"),
     ("in_proj_b", "in_proj_a"),
+    ("query", "key", "value"),
+    ("c_fc_0", "c_fc_1"),
 )
 """Projections that engines merge into one layer: they share one amax, so that the merged layer has one scale."""
+
+_EXPERT: Final = re.compile(r"(.*\.experts)\.\d+\.")
+"""Name of what belongs to an expert, after the module that holds all of a layer."""
 
 _DTYPE_OF_PART: Final[Mapping[Part, tuple[str, int]]] = {
     "packed": ("U8", 1),
@@ -89,12 +91,21 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class LeftAlone:
-    """A module (or tensor) that is not quantized, why, and whether engines may ask for it as a linear layer."""
+    """A module (or tensor) that is not quantized, and why.
+
+    Args:
+        name: in the checkpoint.
+        reason: in words.
+        nbytes: of the tensor.
+        linear: whether engines may ask for it as a linear layer.
+        holder: of stacked experts, the module by which engines ask for all of them.
+    """
 
     name: str
     reason: str
     nbytes: int
     linear: bool
+    holder: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +161,7 @@ def make_plan(source: Source, scheme: Scheme, format: str = OURS.name, max_shard
             "which this conversion does not make; quantize activations per token in our own format, or use a W4A16 "
             "recipe such as `w4a16` (the weights are the same)"
         )
-    scheme = replace(scheme, ignore=scheme.ignore + _layers_behind_the_last(source))
+    scheme = replace(scheme, ignore=scheme.ignore + layers_behind_the_last(source.checkpoint.config))
     groups: dict[str, list[Matrix]] = {}
     units: list[tuple[str, list[Output]]] = []
     linear: list[LeftAlone] = []
@@ -170,10 +181,14 @@ def make_plan(source: Source, scheme: Scheme, format: str = OURS.name, max_shard
         module = name.removesuffix(".weight")
         is_linear = matrices is not None or (name.endswith(".weight") and len(stored.shape) == 2)
         is_linear = is_linear or _ignored_as_a_whole(name, stored, scheme)
-        alone = LeftAlone(module if is_linear else name, reason, stored.nbytes, is_linear)
+        stack = stack_of(name, stored)
+        holder = None if stack is None else stack[0]
+        alone = LeftAlone(module if is_linear else name, reason, stored.nbytes, is_linear, holder)
         (linear if is_linear else others).append(alone)
     _refuse_half_groups(groups, linear)
-    extra = tuple(_as_engines_ask(source, alone.name) for alone in linear if not scheme.ignores(alone.name))
+    _refuse_some_experts(groups, linear)
+    asked = dict.fromkeys(name for alone in linear for name in _as_engines_ask(source, alone))
+    extra = tuple(name for name in asked if not scheme.ignores(name))
     producer = {"name": "fouroversix-plugin", "version": __version__}
     return Plan(
         source,
@@ -185,25 +200,11 @@ def make_plan(source: Source, scheme: Scheme, format: str = OURS.name, max_shard
     )
 
 
-def _layers_behind_the_last(source: Source) -> tuple[str, ...]:
-    """Globs of the layers for multi-token prediction (MTP), which DeepSeek's models and their like keep there.
-
-    vLLM calls those of other models so, too, however a checkpoint spells them; SGLang's draft models have a decoder.
-    """
-    config = source.checkpoint.config
-    for part in (config, config.get("text_config")):
-        if not isinstance(part, Mapping):
-            continue
-        layers, more = part.get("num_hidden_layers"), part.get("num_nextn_predict_layers")
-        if type(layers) is int and type(more) is int and more > 0:
-            numbers = range(layers, layers + min(more, _MOST_MTP_LAYERS))
-            return (*(f"*.layers.{n}.*" for n in numbers), "model.decoder.*")
-    return ()
-
-
-def _as_engines_ask(source: Source, name: str) -> str:
-    """For `ignore`: GPT-2's names begin where engines have a prefix."""
-    return f"*{name}" if source.is_transposed(f"{name}.weight") else name
+def _as_engines_ask(source: Source, alone: LeftAlone) -> tuple[str, ...]:
+    """For `ignore`: GPT-2's names begin where engines have a prefix, and stacked experts are one layer there."""
+    if source.is_transposed(f"{alone.name}.weight"):
+        return (f"*{alone.name}",)
+    return (alone.name,) if alone.holder is None else (alone.name, alone.holder)
 
 
 def group_of(module: str) -> str:
@@ -240,6 +241,8 @@ def _why_left_alone(
             f"{name}: `ignore` matches {ignored[0]!r} but not {kept!r}, which engines keep in one layer; ignore all "
             "of its parts or none"
         )
+    if source.is_of_mamba_1(matrices[0].module):
+        return "of a Mamba-1 mixer, which engines do not quantize"
     columns = matrices[0].columns
     if columns == 0 or matrices[0].rows == 0:
         return "empty"
@@ -260,6 +263,23 @@ def _refuse_half_groups(groups: Mapping[str, list[Matrix]], left_alone: list[Lef
             raise CheckpointError(
                 f"{alone.name}: left alone ({alone.reason}), but {group[0].module} is quantized; engines fuse them "
                 "into one layer: ignore all of its parts or none"
+            )
+
+
+def _refuse_some_experts(groups: Mapping[str, list[Matrix]], left_alone: list[LeftAlone]) -> None:
+    quantized = {
+        found[1]: matrix.module
+        for group in groups.values()
+        for matrix in group
+        if (found := _EXPERT.match(matrix.module)) is not None
+    }
+    for alone in left_alone:
+        found = _EXPERT.match(alone.name)
+        module = quantized.get(alone.holder or (found[1] if found else ""))
+        if module is not None:
+            raise CheckpointError(
+                f"{alone.name}: left alone ({alone.reason}), but {module} is quantized; engines keep all experts in "
+                "one layer: ignore all of them (*.experts.*) or none"
             )
 
 

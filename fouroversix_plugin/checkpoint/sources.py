@@ -6,7 +6,6 @@ A :class:`Matrix` is one linear weight [N, K] wherever it lies: a tensor of its 
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -37,6 +36,12 @@ _STACKED: Final = {
     "down_proj": ("down_proj",),
 }
 """Names of stacked expert tensors, with the projections of an expert that each holds, in the order of its outputs."""
+
+_PARALLEL: Final = {"input_linear": "gate_up_proj", "output_linear": "down_proj"}
+"""Granite's names of stacked expert weights, which are [E, N, K] beside no module of experts, by the usual ones."""
+
+_MAMBA_1: Final = ("in_proj", "x_proj", "dt_proj", "out_proj")
+"""Linear layers of a Mamba-1 mixer, the middle two no other has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,20 +113,24 @@ class Source:
         """
         if self.is_transposed(name):
             return None
-        module, _, last = name.removesuffix(".weight").rpartition(".")
         if name.endswith(".weight") and len(stored.shape) == 2:
             whole = name.removesuffix(".weight")
             rows, columns = stored.shape
             return [Matrix(whole, name, rows, columns, self._scale_of(whole, stored))]
-        if len(stored.shape) == 3 and (fnmatch.fnmatchcase(module, "*.experts") or ".experts." in name):
-            return self._stacked(name, module, last, stored)
-        return None
+        stack = stack_of(name, stored)
+        return None if stack is None else self._stacked(name, *stack, stored)
 
     def is_transposed(self, name: str) -> bool:
         """Whether the tensor ``name`` is the weight of a Conv1D module, as GPT-2 has in the place of linear ones."""
         module, _, last = name.rpartition(".")
         names = _TRANSPOSED.get(str(self.checkpoint.config.get("model_type")), ())
         return last == "weight" and module.rpartition(".")[2] in names
+
+    def is_of_mamba_1(self, module: str) -> bool:
+        """Whether ``module`` is a linear layer of a Mamba-1 mixer: Mamba-2's have such names, too."""
+        parent, _, name = module.rpartition(".")
+        middle = (f"{parent}.{there}.weight" in self.checkpoint.tensors for there in _MAMBA_1[1:3])
+        return name in _MAMBA_1 and all(middle)
 
     def read(self, matrix: Matrix, first: int, last: int) -> Tensor:
         """Rows ``first`` to ``last`` of a matrix, in its own dtype; FP8 ones times their scales, in fp32."""
@@ -178,13 +187,14 @@ class Source:
                 f"{self.checkpoint.folder}: {shape}: got a kind that is not supported (FP8, biases or names other than "
                 f"{', '.join(_STACKED)}); add {module!r} to `ignore`"
             )
-        outputs_first = (a, b) if last == "down_proj" else (b, a)
-        if hidden is None or (a == hidden) == (b == hidden):
-            raise CheckpointError(
-                f"{self.checkpoint.folder}: {shape}: which dimension is the input cannot be told from hidden_size "
-                f"{hidden}; add {module!r} to `ignore`"
-            )
-        transposed = outputs_first[0] != hidden
+        transposed = False
+        if not _is_parallel(name):
+            if hidden is None or (a == hidden) == (b == hidden):
+                raise CheckpointError(
+                    f"{self.checkpoint.folder}: {shape}: which dimension is the input cannot be told from hidden_size "
+                    f"{hidden}; add {module!r} to `ignore`"
+                )
+            transposed = (b if last == "down_proj" else a) == hidden
         rows, columns = (b, a) if transposed else (a, b)
         if rows % len(parts):
             raise CheckpointError(f"{self.checkpoint.folder}: {shape}: got {rows} outputs, needed an even number")
@@ -194,6 +204,20 @@ class Source:
             for e in range(experts)
             for i, part in enumerate(parts)
         ]
+
+
+def stack_of(name: str, stored: StoredTensor) -> tuple[str, str] | None:
+    """The module of the experts that the tensor ``name`` stacks, as engines name it, and the stack's name; or None."""
+    if len(stored.shape) != 3:
+        return None
+    module, _, last = name.removesuffix(".weight").rpartition(".")
+    if _is_parallel(name):
+        return f"{module}.experts", _PARALLEL[last]
+    return (module, last) if module.endswith(".experts") or ".experts." in name else None
+
+
+def _is_parallel(name: str) -> bool:
+    return name.endswith(tuple(f".{last}.weight" for last in _PARALLEL))
 
 
 def _is_nvfp4(block: Mapping[str, Any]) -> bool:

@@ -115,7 +115,8 @@ def _check_manifest(partial: Path, manifest: Mapping[str, Any]) -> None:
 
 def publish(partial: Path, target: Path) -> None:
     """Give the finished folder its name. Killed at any step, a resumed conversion finds the manifest and goes on."""
-    _sync(partial)
+    for folder in (partial, *(path for path in partial.iterdir() if path.is_dir())):
+        _sync(folder)
     replaced = _replaced(target)
     if target.exists():
         _remove(replaced)

@@ -31,6 +31,7 @@ from fouroversix_plugin.checkpoint.files import (
     Checkpoint,
     CheckpointError,
     checked_path,
+    read_json_objects,
 )
 from fouroversix_plugin.checkpoint.plan import MAX_SHARD_SIZE, Output, Plan, Shard, group_of, make_plan
 from fouroversix_plugin.checkpoint.sources import Matrix, Source
@@ -57,6 +58,10 @@ _ROWS_NBYTES: Final = 64 << 20
 
 _OTHER_WEIGHTS: Final = (".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite")
 """The same model for other frameworks, in full precision."""
+
+_MODULES: Final = "modules.json"
+"""Of Sentence Transformers: the folders of what follows the transformer, such as pooling."""
+_CHAT_TEMPLATES: Final = "additional_chat_templates"
 
 _COPY_NBYTES: Final = 16 << 20
 
@@ -170,7 +175,9 @@ def _carry_out(plan: Plan, folder: Path, device: torch.device, progress: Progres
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(folder / INDEX, index)
     for path in others:
-        copy_file(path, folder / path.name)
+        copied = folder / path.relative_to(plan.source.checkpoint.folder)
+        copied.parent.mkdir(exist_ok=True)
+        copy_file(path, copied)
     write_text(folder / CARD, card)
     if plan.format is MODELOPT:
         write_json(folder / HF_QUANT_CONFIG, hf_quant_config(plan))
@@ -300,12 +307,27 @@ def _source_nbytes(plan: Plan, output: Output) -> int:
 def _other_files(source: Path) -> list[Path]:
     """Tokenizer, generation config and whatever else lies beside the weights. Code is copied, never run."""
     written = (CONFIG, HF_QUANT_CONFIG, CARD)
-    return [
+    beside = [
         checked_path(source, path.name)
         for path in sorted(source.iterdir())
         if not (path.is_dir() or path.name.startswith(".") or path.name in written)
         and not path.name.endswith((".safetensors", ".index.json", *_OTHER_WEIGHTS, *PICKLES))
     ]
+    below = [
+        checked_path(source, path.name, folder)
+        for folder in _folders(source)
+        for path in sorted((source / folder).iterdir())
+        if not (path.is_dir() or path.name.startswith("."))
+    ]
+    return beside + below
+
+
+def _folders(source: Path) -> list[str]:
+    """Folders that belong to a model: what follows the transformer in an embedding model, and chat templates."""
+    names = [_CHAT_TEMPLATES]
+    if (source / _MODULES).exists():
+        names += [str(module.get("path", "")) for module in read_json_objects(checked_path(source, _MODULES))]
+    return [name for name in dict.fromkeys(names) if Path(name).name == name and (source / name).is_dir()]
 
 
 def _pwrite(descriptor: int, tensor: Tensor, position: int) -> None:

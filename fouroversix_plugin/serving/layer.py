@@ -31,6 +31,7 @@ from fouroversix_plugin.weights import (
     e4m3_value,
     looks_narrow,
     missing,
+    to_ignore,
 )
 
 logger = logging.getLogger(__name__)
@@ -177,8 +178,8 @@ class StoredParameter:
                     check_row_major(where, part)
             except ValueError as error:
                 raise ValueError(
-                    f"{error}; config.json and the tensors disagree: quantize the checkpoint again, or add {layer!r} "
-                    "to the `ignore` list of its config.json"
+                    f"{error}; config.json and the tensors disagree: quantize the checkpoint again, or add "
+                    f"{to_ignore(layer)!r} to the `ignore` list of its config.json"
                 ) from error
             if kind == "metadata":  # there to be checked: the shapes are known
                 return True if named.get("return_success") else None

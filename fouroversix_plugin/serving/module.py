@@ -20,7 +20,7 @@ from fouroversix_plugin.kernels.ops import PreparedWeight
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
 from fouroversix_plugin.recipe import Recipe, Scheme
 from fouroversix_plugin.serving.layer import WeightShape, check_input_size, static_amax
-from fouroversix_plugin.weights import stored_weight
+from fouroversix_plugin.weights import of_experts, stored_weight
 
 NAMES: Final = ("weight", "weight_scale", "weight_scale_2")
 """Parameters of a prepared weight, after its stem: its fields in their order."""
@@ -236,7 +236,7 @@ def create_stored_experts(
         layer.register_parameter(stem + stored.name, parameter)
         kind = EXPERT_KINDS[stored.part]
         loader = under_name(without_its_layer(attributes["weight_loader"]), stem + kind.name)
-        checked = stored.loader(loader, f"{name} ({stem}*)", recipe, rows)
+        checked = stored.loader(loader, of_experts(name, stem), recipe, rows)
         checked = unloaded.before(checked, stem + stored.name, stored.empty)
         set_attributes(parameter, {**attributes, **kind.attributes, "weight_loader": checked})
 
@@ -245,7 +245,7 @@ def take_stored_experts(layer: Any, stem: str, name: str, form: Format, scheme: 
     """:func:`take_stored` of experts: gate and up have decode scales of their own."""
     shards = 2 if stem == "w13_" else 1
     rows = getattr(layer, stem + form.names["packed"]).shape[1] // shards
-    return take_stored(layer, stem, f"{name} ({stem}*)", form, scheme, [rows] * shards)
+    return take_stored(layer, stem, of_experts(name, stem), form, scheme, [rows] * shards)
 
 
 def refuse_experts(name: str, reasons: Sequence[str]) -> None:

@@ -7,7 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fouroversix_plugin.formats import FOUROVERSIX, OURS, Format, Stored, describe, quantization_block, stored_scheme
+from fouroversix_plugin.formats import (
+    FOUROVERSIX,
+    OURS,
+    Format,
+    Stored,
+    describe,
+    layers_behind_the_last,
+    quantization_block,
+    stored_scheme,
+)
 from fouroversix_plugin.recipe import QUANT_METHOD, Recipe, Scheme, preset
 
 logger = logging.getLogger(__name__)
@@ -67,7 +76,7 @@ def served(
                 f"{model}: got a full-precision checkpoint for static activations, needed one with calibrated input "
                 "scales; quantize activations per token"
             )
-        return Served(scheme)
+        return Served(replace(scheme, ignore=scheme.ignore + layers_behind_the_last(config)))
     found = stored_scheme(block)
     if found is None:
         raise ValueError(

@@ -40,7 +40,7 @@ from fouroversix_plugin.serving.vllm.linear import (
     loads_weights,
     reduce_max_over,
 )
-from fouroversix_plugin.weights import quantize_weight
+from fouroversix_plugin.weights import of_experts, quantize_weight
 
 
 def method_for(
@@ -187,7 +187,7 @@ class OnlineMoEMethod(_MoEMethod):
         if getattr(attributes["weight_loader"], "__qualname__", "") == "RoutedExperts.weight_loader":
             # Models' own take matrices of other shapes.
             rows = full_expert_rows(stem, shape, self.moe.moe_parallel_config.tp_size)
-            loader = check_before(loader, f"{self.prefix} ({stem}*)", rows, shape.full_columns)
+            loader = check_before(loader, of_experts(self.prefix, stem), rows, shape.full_columns)
         set_weight_attrs(parameter, {**attributes, "weight_loader": loader})
 
     def _quantized(self, layer: Any, stem: str) -> NVFP4Tensor:
