@@ -182,9 +182,14 @@ class Source:
         hidden = _hidden_size(self.checkpoint.config)
         parts = _STACKED.get(last)
         shape = f"experts stacked in {name} {stored.shape}"
-        if parts is None or stored.dtype in FP8 or f"{module}.{last}_bias" in self.checkpoint.tensors:
+        if stored.dtype in FP8:
             raise CheckpointError(
-                f"{self.checkpoint.folder}: {shape}: got a kind that is not supported (FP8, biases or names other than "
+                f"{self.checkpoint.folder}: {shape}: got FP8, needed {', '.join(FULL_PRECISION)} in stacks of experts; "
+                "multiply them out first"
+            )
+        if parts is None or f"{module}.{last}_bias" in self.checkpoint.tensors:
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: {shape}: got a kind that is not supported (biases or names other than "
                 f"{', '.join(_STACKED)}); add {module!r} to `ignore`"
             )
         transposed = False
