@@ -184,7 +184,7 @@ class Source:
         shape = f"experts stacked in {name} {stored.shape}"
         if stored.dtype in FP8:
             raise CheckpointError(
-                f"{self.checkpoint.folder}: {shape}: got FP8, needed {', '.join(FULL_PRECISION)} in stacks of experts; "
+                f"{self.checkpoint.folder}: {shape}: got FP8, needed {', '.join(FULL_PRECISION)} in stacked experts; "
                 "multiply them out first"
             )
         if parts is None or f"{module}.{last}_bias" in self.checkpoint.tensors:
