@@ -158,6 +158,7 @@ VLLM = Engine(
             "apply(layer, x, topk_weights, topk_ids, shared_experts=None, shared_experts_input=None)",
             "uses_meta_device",
         ),
+        "vllm.model_executor.parameter:ModelWeightParameter": ("weight_loader",),
     },
     callers={
         "vllm.config.vllm": ("QuantizationConfig.maybe_update_config",),
@@ -171,7 +172,10 @@ VLLM = Engine(
     },
     strings={
         "vllm.plugins": ("vllm.general_plugins",),
-        "vllm.model_executor.model_loader.reload.layerwise": ("_already_called_process_weights_after_loading",),
+        "vllm.model_executor.model_loader.reload.layerwise": (
+            "_already_called_process_weights_after_loading",
+            "online_process_loader",
+        ),
         f"{_LAYERS}.linear": ("weight_loader",),
         f"{_MOE}.routed_experts": ("weight_loader", "quant_method", "block", "tensor"),
         f"{_MOE}.activation": ("silu", "gelu", "gelu_tanh"),
