@@ -53,11 +53,11 @@ int64_t strips_of(const Linear& l) { return (l.outputs + kBlock - 1) / kBlock; }
 
 #if defined(__x86_64__)
 
-constexpr int64_t kTokensForTiles = 8;    // from which on tiles win
+constexpr int64_t kTokensForTiles = 8;    // from which on they win
 constexpr int64_t kPanelBytes = 3 << 18;  // of unpacked weights: well within a second-level cache
 
 bool by_tiles(const Linear& l) {
-  static const bool usable = &cpu_kernels() == &avx512::kernels && avx512::tiles_usable();
+  static const bool usable = &cpu_kernels() == &avx512::kernels && avx512::bf16_products() != avx512::Bf16Products::none;
   return usable && l.x_dtype == Dtype::bf16 && l.tokens >= kTokensForTiles;
 }
 

@@ -39,10 +39,12 @@ FOS_DECLARE_ISA(baseline)
 FOS_DECLARE_ISA(avx2)
 FOS_DECLARE_ISA(avx512)
 
-// Matrix tiles (AMX), for bf16 tokens. Tokens go in groups of kTileTokens, columns in steps of kTileStep.
+// Instructions that multiply bf16 numbers, for many tokens of these: matrix tiles (AMX) or pairs (AVX512_BF16). Tokens go
+// in groups of kTileTokens, columns in steps of kTileStep.
 constexpr int64_t kTileTokens = 16, kTileStep = 32;
 namespace avx512 {
-bool tiles_usable();
+enum class Bf16Products { none, pairs, tiles };
+Bf16Products bf16_products();
 void tile_tokens(const Linear&, int64_t group_begin, int64_t group_end, uint16_t* out);
 // scratch holds the panel as bf16, columns rounded up to 32; it and tokens start at cache lines.
 void linear_panel(const Linear&, const uint16_t* tokens, int64_t strip_begin, int64_t strip_end, uint16_t* scratch);

@@ -7,12 +7,14 @@
 //
 // - A few tokens: within a block, x times e2m1 is summed for even and for odd columns; the sum of the two is multiplied
 //   by the block scale into the total. The products are exact for bf16 and fp16 (at most 13 significant bits).
-// - Many bf16 tokens on a processor with AMX: a panel of rows is unpacked to bf16 (exact: e2m1 * E4M3 has 6 significant
-//   bits) into the second-level cache, where tiles multiply it with all tokens, accumulating in fp32. Tiles read
-//   subnormal bf16 numbers as 0.
+// - Many bf16 tokens on a processor that multiplies bf16 (AMX, AVX512_BF16): a panel of rows is unpacked to bf16 (exact:
+//   e2m1 * E4M3 has 6 significant bits) into the second-level cache, where it is multiplied with all tokens, accumulating
+//   in fp32. These instructions read subnormal bf16 numbers as 0.
 //
 // What a number of y is summed from, and in which order, does not depend on how rows and tokens share the work.
 #include "cpu.h"
+
+#include <cstring>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -332,7 +334,7 @@ void combine_tokens(const Combine& c, int64_t begin, int64_t end) {
   }
 }
 
-// --- many tokens, by tiles ---
+// --- many bf16 tokens ---
 
 #if defined(__AVX512F__) && defined(__AMX_BF16__)
 
@@ -371,12 +373,17 @@ void unpack_strip(const Linear& l, int64_t strip, uint16_t* out) {
 
 }  // namespace
 
-bool tiles_usable() {
-  unsigned a = 7, b = 0, c = 0, d = 0;
-  __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // Linux hands out the registers on request
-  return (d & kAmxBf16) && (d & kAmxTile) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+Bf16Products bf16_products() {
+  static const Bf16Products found = [] {
+    unsigned a = 7, b = 0, c = 0, d = 0;
+    __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+    constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // Linux hands out the registers on request
+    const bool amx = (d & kAmxBf16) && (d & kAmxTile) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    if (amx) return Bf16Products::tiles;
+    return __builtin_cpu_supports("avx512bf16") ? Bf16Products::pairs : Bf16Products::none;
+  }();
+  return found;
 }
 
 // Groups of 16 tokens as tiles [columns / 32][16 tokens][32]; what does not exist is 0.
@@ -425,37 +432,88 @@ FOS_FN void finish_pair(const Linear& l, int64_t first, int64_t count, int64_t r
   }
 }
 
-template <Dtype dtype>
+// Sums of two groups of tokens, for two strips each.
+using Sums = float[2][2][kTileTokens][kBlock];
+
+// By AMX. All four are summed: where there is no second group or strip, the first one twice.
+struct ByTiles {
+  ByTiles() {
+    const TileConfig config;
+    _tile_loadconfig(&config);
+  }
+  ~ByTiles() { _tile_release(); }
+
+  static void multiply(const uint16_t* const (&x)[2], const uint16_t* const (&w)[2], int64_t, int64_t steps, Sums& sums) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t step = 0; step < steps; ++step) {
+      _tile_loadd(4, x[0] + step * kTile, kNextRow);
+      _tile_loadd(5, x[1] + step * kTile, kNextRow);
+      _tile_loadd(6, w[0] + step * kTile, kNextRow);
+      _tile_loadd(7, w[1] + step * kTile, kNextRow);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, sums[0][0], kNextRow);
+    _tile_stored(1, sums[0][1], kNextRow);
+    _tile_stored(2, sums[1][0], kNextRow);
+    _tile_stored(3, sums[1][1], kNextRow);
+  }
+};
+
+// By AVX512_BF16, whose sums are of two columns: eight tokens at a time, of those that exist.
+struct ByPairs {
+  static constexpr int kTogether = 8;  // with two strips 16 sums of 32 registers
+
+  __attribute__((target("avx512bf16"))) static void multiply(const uint16_t* const (&x)[2],
+                                                             const uint16_t* const (&w)[2], int64_t tokens,
+                                                             int64_t steps, Sums& sums) {
+    for (int64_t token = 0; token < tokens; token += kTogether) {
+      const int64_t group = token / kTileTokens, first = token % kTileTokens;
+      const uint16_t* of_tokens = x[group] + first * kTileStep;
+      __m512 total[2][kTogether];
+      for (int t = 0; t < kTogether; ++t) total[0][t] = total[1][t] = _mm512_setzero_ps();
+      for (int64_t step = 0; step < steps; ++step) {
+#pragma GCC unroll 2
+        for (int64_t pair = 0; pair < kTileStep / 2; ++pair) {
+          const __m512bh w0 = (__m512bh)_mm512_load_si512(w[0] + step * kTile + pair * kTileStep);
+          const __m512bh w1 = (__m512bh)_mm512_load_si512(w[1] + step * kTile + pair * kTileStep);
+#pragma GCC unroll 8
+          for (int t = 0; t < kTogether; ++t) {
+            int two;
+            std::memcpy(&two, of_tokens + step * kTile + t * kTileStep + pair * 2, sizeof two);
+            const __m512bh numbers = (__m512bh)_mm512_set1_epi32(two);
+            total[0][t] = _mm512_dpbf16_ps(total[0][t], numbers, w0);
+            total[1][t] = _mm512_dpbf16_ps(total[1][t], numbers, w1);
+          }
+        }
+      }
+      for (int t = 0; t < kTogether; ++t) {
+        _mm512_store_ps(sums[group][0][first + t], total[0][t]);
+        _mm512_store_ps(sums[group][1][first + t], total[1][t]);
+      }
+    }
+  }
+};
+
+template <Dtype dtype, class Products>
 void panel_as(const Linear& l, const uint16_t* tokens, int64_t begin, int64_t end, uint16_t* scratch) {
   const int64_t steps = (l.columns + kTileStep - 1) / kTileStep, strip = steps * kTile;
   const int64_t strips = end - begin, groups = (l.tokens + kTileTokens - 1) / kTileTokens;
   for (int64_t s = 0; s < strips; ++s) unpack_strip(l, begin + s, scratch + s * strip);
-  alignas(64) float sums[2][2][kTileTokens][kBlock];
+  const Products products;
+  alignas(64) Sums sums;
   for (int64_t group = 0; group < groups; group += 2) {
-    // Where there is no second group or strip, the first is computed twice and used once.
-    const uint16_t* x0 = tokens + group * strip;
-    const uint16_t* x1 = group + 1 < groups ? x0 + strip : x0;
+    const uint16_t* from = tokens + group * strip;
+    const uint16_t* x[] = {from, group + 1 < groups ? from + strip : from};
+    const int64_t left = l.tokens - group * kTileTokens;
     for (int64_t s = 0; s < strips; s += 2) {
-      const uint16_t* w0 = scratch + s * strip;
-      const uint16_t* w1 = s + 1 < strips ? w0 + strip : w0;
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-      for (int64_t step = 0; step < steps; ++step) {
-        _tile_loadd(4, x0 + step * kTile, kNextRow);
-        _tile_loadd(5, x1 + step * kTile, kNextRow);
-        _tile_loadd(6, w0 + step * kTile, kNextRow);
-        _tile_loadd(7, w1 + step * kTile, kNextRow);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-      }
-      _tile_stored(0, sums[0][0], kNextRow);
-      _tile_stored(1, sums[0][1], kNextRow);
-      _tile_stored(2, sums[1][0], kNextRow);
-      _tile_stored(3, sums[1][1], kNextRow);
+      const uint16_t* w[] = {scratch + s * strip, scratch + (s + 1 < strips ? s + 1 : s) * strip};
+      products.multiply(x, w, left < 2 * kTileTokens ? left : 2 * kTileTokens, steps, sums);
       const int64_t row = (begin + s) * kBlock;
       for (int64_t g = 0; g < 2; ++g) {
         const int64_t first = (group + g) * kTileTokens;
@@ -473,16 +531,19 @@ void panel_as(const Linear& l, const uint16_t* tokens, int64_t begin, int64_t en
   }
 }
 
+template <class Products>
+void panel_by(const Linear& l, const uint16_t* tokens, int64_t begin, int64_t end, uint16_t* scratch) {
+  const StrictSubnormals strict;
+  if (l.out_dtype == Dtype::bf16) panel_as<Dtype::bf16, Products>(l, tokens, begin, end, scratch);
+  else if (l.out_dtype == Dtype::fp16) panel_as<Dtype::fp16, Products>(l, tokens, begin, end, scratch);
+  else panel_as<Dtype::fp32, Products>(l, tokens, begin, end, scratch);
+}
+
 }  // namespace
 
 void linear_panel(const Linear& l, const uint16_t* tokens, int64_t begin, int64_t end, uint16_t* scratch) {
-  const StrictSubnormals strict;
-  const TileConfig config;
-  _tile_loadconfig(&config);
-  if (l.out_dtype == Dtype::bf16) panel_as<Dtype::bf16>(l, tokens, begin, end, scratch);
-  else if (l.out_dtype == Dtype::fp16) panel_as<Dtype::fp16>(l, tokens, begin, end, scratch);
-  else panel_as<Dtype::fp32>(l, tokens, begin, end, scratch);
-  _tile_release();
+  if (bf16_products() == Bf16Products::tiles) return panel_by<ByTiles>(l, tokens, begin, end, scratch);
+  panel_by<ByPairs>(l, tokens, begin, end, scratch);
 }
 
 #endif
