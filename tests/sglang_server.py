@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -11,21 +12,32 @@ from server_process import ServerProcess
 
 
 def ask_server(
-    command: str, log: Path, prompts: list[list[int]], tokens: int, left: Callable[[], float] = lambda: 400
+    command: str,
+    log: Path,
+    prompts: list[list[int]],
+    tokens: int,
+    left: Callable[[], float] = lambda: 400,
+    update: Path | None = None,
 ) -> dict[str, Any]:
     """Logprobs of the prompts; the ``tokens`` that follow each, and theirs as "generated"; and the server's log.
 
-    ``left`` says how many seconds there are until it must be ready, and for each answer.
+    Args:
+        left: says how many seconds there are until it must be ready, and for each answer.
+        update: a checkpoint whose weights it is asked to load before the last prompt; what it says to that is "update".
     """
+    said: dict[str, Any] = {}
     server = ServerProcess(command, log)
     try:
         server.start()
         asyncio.run(server.wait_until_ready(left()))
         url = server.base_url.removesuffix("/v1")
-        answers = [_ask(url, prompt, tokens, left()) for prompt in prompts]
+        answers = [_ask(url, prompt, tokens, left()) for prompt in prompts[:-1]]
+        if update is not None:
+            said = {"update": _update(url, update, left())}
+        answers.append(_ask(url, prompts[-1], tokens, left()))
     finally:
         server.stop()
-    return {
+    return said | {
         "logprobs": [[at[0] for at in answer["meta_info"]["input_token_logprobs"][1:]] for answer in answers],
         "tokens": [answer["output_ids"] for answer in answers],
         "generated": [[at[0] for at in answer["meta_info"]["output_token_logprobs"]] for answer in answers],
@@ -40,7 +52,19 @@ def _ask(url: str, prompt: list[int], tokens: int, seconds: float) -> dict[str, 
         "return_logprob": True,
         "logprob_start_len": 0,
     }
-    request = urllib.request.Request(f"{url}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    return _post(f"{url}/generate", body, seconds)
+
+
+def _post(url: str, body: dict[str, Any], seconds: float) -> dict[str, Any]:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=seconds) as answer:
         content: dict[str, Any] = json.load(answer)
     return content
+
+
+def _update(url: str, checkpoint: Path, seconds: float) -> dict[str, Any]:
+    try:
+        return _post(f"{url}/update_weights_from_disk", {"model_path": str(checkpoint)}, seconds)
+    except urllib.error.HTTPError as refusal:
+        said: dict[str, Any] = json.load(refusal)
+        return said

@@ -80,7 +80,13 @@ def spelled(config: Path) -> list[str]:
 
 
 def served(
-    folder: Path, name: str, model: Path, prompts: list[list[int]], flags: list[str], release: Path | None = None
+    folder: Path,
+    name: str,
+    model: Path,
+    prompts: list[list[int]],
+    flags: list[str],
+    release: Path | None = None,
+    update: Path | None = None,
 ) -> dict[str, Any]:
     """Logprobs of the prompts and the tokens that follow them, by a server of SGLang's that starts and stops."""
     variables, on_cpu = environment(release), CONFIGS / "sglang-cpu.yaml"
@@ -90,7 +96,7 @@ def served(
     command += ["-m", "sglang.launch_server", "--model-path", str(model), "--skip-server-warmup"]
     # SGLang reads one file: beside another, flags stand for the one of CPUs.
     command += [*(spelled(on_cpu) if HALVES[0] in flags else ["--config", str(on_cpu)]), *flags]
-    return ask_server(shlex.join(command), folder / f"{name}.log", prompts, TOKENS)
+    return ask_server(shlex.join(command), folder / f"{name}.log", prompts, TOKENS, update=update)
 
 
 # --- servers, beside vLLM's answers for the same checkpoints ---
@@ -149,8 +155,8 @@ def answers(
     jobs: dict[str, tuple[Any, ...]] = {
         "dense": (dense, texts, [*METHOD, *exact, *asking_for("w4a16")]),
         "dense W4A4": (dense, texts, [*METHOD, *exact]),
-        "moe": (stored_moe, texts, [*METHOD, *RUNNER, *exact]),
-        "moe, older SGLang": (stored_moe, texts, [*METHOD, *RUNNER, *exact], RELEASES[OLDER]),
+        "moe": (stored_moe, texts, [*METHOD, *RUNNER, *exact], None, moe),
+        "moe, older SGLang": (stored_moe, texts, [*METHOD, *RUNNER, *exact], RELEASES[OLDER], moe),
         "shared": (small / "shared", SMALL_PROMPTS, ["--skip-tokenizer-init", *exact]),
         "two online": (small / "bf16", SMALL_PROMPTS, [*bare, *TWO, *asking_for("w4a16"), *RUNNER]),
         "two stored": (small / "w4a16", SMALL_PROMPTS, [*bare, *TWO]),
@@ -208,6 +214,13 @@ def test_two_ranks_quantize_for_their_own_amax(answers: dict[str, Any]) -> None:
     """With one amax over the ranks, online bytes are slices of the stored ones: not a bit differs."""
     assert torch.equal(flat(answers["two online"]), flat(answers["two stored"]))
     assert torch.equal(flat(answers["two with experts online"]), flat(answers["two with experts"]))
+
+
+@pytest.mark.parametrize("name", ["moe", "moe, older SGLang"])
+def test_new_weights_end_a_server(answers: dict[str, Any], name: str) -> None:
+    """It answers prompts before and after it is asked to load some as vLLM does."""
+    assert answers[name]["update"]["success"] is False
+    assert "got new weights for a running server" in answers[name]["update"]["message"]
 
 
 def test_the_log_does_not_say_what_was_loaded(answers: dict[str, Any]) -> None:
@@ -404,27 +417,22 @@ def test_sglang_serves_what_it_must_refuse(loaded: dict[str, Any], name: str) ->
 
 # --- other releases ---
 
-REGISTER = """
-from sglang.srt.plugins import load_plugins
-load_plugins()
-from fouroversix_plugin.serving.sglang import register, runner_module
-register()
-from sglang.srt import server_args
-from sglang.srt.layers.moe.moe_runner import MoeRunner, MoeRunnerConfig
-from sglang.srt.layers.quantization import get_quantization_config
-from sglang.version import __version__
-assert server_args.QUANTIZATION_CHOICES.count("nvfp4_4over6") == 1
-assert server_args.MOE_RUNNER_BACKEND_CHOICES.count("fouroversix") == 1
-runner = runner_module().make(MoeRunnerConfig())
-assert isinstance(runner, MoeRunner) and runner.fused_func is None
-print(__version__, get_quantization_config("nvfp4_4over6").__name__, runner.runner_backend.value)
-"""
 
-
-@pytest.mark.parametrize("release", RELEASES)
-def test_a_release_does_not_take_the_plugin(tmp_path: Path, release: str) -> None:
-    program = tmp_path / "register.py"
-    program.write_text(REGISTER)
-    done = run_python(program, release=RELEASES[release])
+@pytest.fixture(scope="module", params=RELEASES)
+def release(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """What tests/sglang_release.py prints in a release, whose version is added as `needed`."""
+    done = run_python(ROOT / "tests" / "sglang_release.py", release=RELEASES[request.param])
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines()[-1] == f"{release} FourOverSixConfig fouroversix"
+    return {"needed": request.param, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def test_a_release_does_not_take_the_plugin(release: dict[str, Any]) -> None:
+    assert release["version"] == release["needed"]
+    assert release["registered"] == ["FourOverSixConfig", "fouroversix"]
+
+
+def test_a_release_loads_new_weights_into_prepared_ones(release: dict[str, Any]) -> None:
+    """By each of its ways to do so; into a model without any of ours it may."""
+    assert {"update_weights_from_disk", "update_weights_from_tensor"} <= release["updates"].keys()
+    refusal = "layer 7: got new weights for a running server, which nvfp4_4over6 does not take; restart it"
+    assert [*release["updates"].values()] == [[[False, refusal], "went on"]] * len(release["updates"])

@@ -38,6 +38,7 @@ def register() -> None:
         return
     HookRegistry.register("sglang.srt.model_loader.loader._get_quantization_config", see_checkpoint, HookType.AFTER)
     HookRegistry.register("sglang.srt.model_loader.utils.get_model_architecture", with_fused_experts, HookType.AFTER)
+    _refuse_updates()
     # First: SGLang asks the methods in this order whose a checkpoint is, and its own ModelOpt ones take any of theirs.
     others = dict(QUANTIZATION_METHODS)
     QUANTIZATION_METHODS.clear()
@@ -49,6 +50,15 @@ def register() -> None:
     # Last: a name that is gone here must not cost dense models the plugin.
     runner_module().register()
     add_moe_runner_backend_choices([RUNNER])
+
+
+def _refuse_updates() -> None:
+    """Where a release has the place for it: in 0.5.14 a server that is given new weights ends with our error."""
+    try:
+        from fouroversix_plugin.serving.sglang import updates
+    except ImportError:
+        return
+    updates.register()
 
 
 def runner_module() -> ModuleType:

@@ -32,7 +32,7 @@ _Loader = Callable[..., Any]
 _Rows = Callable[..., int | None]
 
 DONE = "fouroversix_done"
-"""The attribute of a layer whose weight is prepared: SGLang may call the hook after loading again."""
+"""The attribute of a layer whose weight is prepared, with its name: SGLang may call the hook after loading again."""
 
 
 def spellings(prefix: str) -> list[str]:
@@ -70,12 +70,12 @@ class _LinearMethod(LinearMethodBase):
         raise NotImplementedError
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        if getattr(layer, DONE, False):
+        if hasattr(layer, DONE):
             return
         q = self._quantized(layer)
         prepared = neutral.prepare_linear(self.prefix, q, self.scheme, self.report, layer.params_dtype)
         install(layer, "", prepared, self.prefix)
-        setattr(layer, DONE, True)
+        setattr(layer, DONE, self.prefix)
 
     def _quantized(self, layer: Any) -> NVFP4Tensor:
         raise NotImplementedError
@@ -143,8 +143,13 @@ def install(layer: Any, stem: str, prepared: PreparedWeight, name: str) -> None:
         layer.register_parameter(stem + part, parameter)
 
 
+def reload_refusal(name: str) -> str:
+    """Why what is installed takes no other weights."""
+    return f"{name}: got new weights for a running server, which nvfp4_4over6 does not take; restart it"
+
+
 def _refuse_to_reload(name: str) -> Callable[..., None]:
     def load(*given: Any, **named: Any) -> None:
-        raise ValueError(f"{name}: got new weights for a running server, which nvfp4_4over6 does not take; restart it")
+        raise ValueError(reload_refusal(name))
 
     return load

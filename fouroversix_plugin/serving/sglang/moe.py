@@ -119,13 +119,13 @@ class _MoEMethod(FusedMoEMethodBase):
         self.runner = runner_module().make(moe_runner_config)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        if getattr(layer, DONE, False):
+        if hasattr(layer, DONE):
             return
         w13, w2 = self._quantized(layer, "w13_"), self._quantized(layer, "w2_")
         prepared = neutral.prepare_experts(self.prefix, w13, w2, self.scheme, self.report, self.dtype)
         install(layer, "w13_", prepared[0], self.prefix)
         install(layer, "w2_", prepared[1], self.prefix)
-        setattr(layer, DONE, True)
+        setattr(layer, DONE, self.prefix)
 
     def _quantized(self, layer: Any, stem: str) -> NVFP4Tensor:
         raise NotImplementedError
