@@ -431,6 +431,15 @@ def test_a_release_does_not_take_the_plugin(release: dict[str, Any]) -> None:
     assert release["registered"] == ["FourOverSixConfig", "fouroversix"]
 
 
+def test_parts_that_sglang_fuses_are_quantized_although_ignored(release: dict[str, Any]) -> None:
+    assert release["ignored"] == dict.fromkeys(release["ignored"], "UnquantizedLinearMethod")
+
+
+def test_a_shared_expert_that_is_ignored_is_quantized_with_the_others(release: dict[str, Any]) -> None:
+    for name, refusal in release["shared"].items():
+        assert f"`ignore` matches 'model.layers.0.mlp.{name}', which SGLang fuses" in refusal
+
+
 def test_a_release_loads_new_weights_into_prepared_ones(release: dict[str, Any]) -> None:
     """By each of its ways to do so; into a model without any of ours it may."""
     assert {"update_weights_from_disk", "update_weights_from_tensor"} <= release["updates"].keys()

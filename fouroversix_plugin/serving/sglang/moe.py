@@ -35,6 +35,9 @@ from fouroversix_plugin.weights import quantize_weight
 _SPELLINGS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 """What checkpoints call the three weights of an expert: SGLang's layers do not know."""
 
+_SHARED = ("shared_experts", "shared_expert")
+"""What they call experts that every token goes to; Qwen's have one."""
+
 
 def method_for(
     layer: Any, prefix: str, scheme: Scheme, report: neutral.LoadReport, form: Format | None, random_weights: bool
@@ -80,12 +83,13 @@ def _refuse_unsupported(layer: Any, name: str, scheme: Scheme) -> None:
         if getattr(config, setting, None) is not None
     ]
     refuse_experts(name, reasons)
-    shared = [f"{spelled.rpartition('.')[0]}.shared_experts" for spelled in spellings(name)]
-    if layer.num_fused_shared_experts and any(scheme.ignores(s, [f"{s}.{w}" for w in _SPELLINGS[0]]) for s in shared):
-        raise ValueError(
-            f"{name}: `ignore` matches {shared[0]!r}, which SGLang fuses with the quantized experts; pass "
-            "--disable-shared-experts-fusion"
-        )
+    parents = [spelled.rpartition(".")[0] for spelled in spellings(name)]
+    for shared in (f"{parent}.{part}" for part in _SHARED for parent in parents):
+        if layer.num_fused_shared_experts and scheme.ignores(shared, [f"{shared}.{w}" for w in _SPELLINGS[0]]):
+            raise ValueError(
+                f"{name}: `ignore` matches {shared!r}, which SGLang fuses with the quantized experts; pass "
+                "--disable-shared-experts-fusion"
+            )
 
 
 class _MoEMethod(FusedMoEMethodBase):
