@@ -18,7 +18,17 @@ from conftest import ROOT, assert_close
 from engines import SMALL, concatenated, flat, options, random_model, run_engine, stored
 from safetensors.torch import load_file, save_file
 from sglang_server import ask_server
-from transformers import AutoTokenizer, Glm4MoeConfig, Glm4MoeForCausalLM
+from transformers import (
+    AutoTokenizer,
+    FalconH1Config,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
+    Llama4Config,
+    PreTrainedConfig,
+    StableLmConfig,
+)
 
 import fouroversix_plugin as fos
 from fouroversix_plugin import reference
@@ -44,6 +54,8 @@ TEXTS = [
 TOKENS = 12
 METHOD = ["--quantization", "nvfp4_4over6"]
 RUNNER = ["--moe-runner-backend", "fouroversix"]
+NO_RADIX = "--disable-radix-cache"
+"""What models with states instead of a KV cache need on a CPU."""
 TWO = ["--tp", "2"]
 CONFIGS = ROOT / "configs" / "serve"
 HALVES = ["--config", str(CONFIGS / "sglang-experts.yaml")]
@@ -308,6 +320,65 @@ REFUSED: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
 }
 
 
+# What SGLang's class of a model does with packed weights shows in its configuration alone: it fails when it is built.
+FORMS: dict[str, dict[str, Any]] = {
+    "ours": fos.preset("w4a16").to_dict(),
+    "ModelOpt's": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+    "compressed-tensors'": {
+        "quant_method": "compressed-tensors",
+        "format": "nvfp4-pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {}}},
+    },
+    "fouroversix's": {"quant_method": "fouroversix"},
+}
+TINY = {"num_hidden_layers": 1, "vocab_size": 256, "hidden_size": 128, "intermediate_size": 256, "pad_token_id": 0}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64}
+LLAMA4 = Llama4Config(
+    architectures=["Llama4ForConditionalGeneration"],
+    text_config={**TINY, **HEADS, "intermediate_size_mlp": 256, "num_local_experts": 2, "moe_layers": []},
+    vision_config={"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 2},
+)
+FALCON = FalconH1Config(
+    architectures=["FalconH1ForCausalLM"],
+    **{**TINY, **HEADS, "mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 32},
+)
+STABLE = StableLmConfig(architectures=["StableLmForCausalLM"], **TINY, num_attention_heads=2, num_key_value_heads=2)
+GLM = Glm4MoeConfig(architectures=["Glm4MoeForCausalLM"], **SHARED)
+
+UNSERVED: dict[str, tuple[PreTrainedConfig, str, tuple[str, ...]]] = {
+    **{
+        f"attention of Llama 4 in {form} form": (
+            LLAMA4,
+            form,
+            ("language_model.model.layers.0.self_attn.qkv_proj: got packed", "--ignore '*.self_attn.[qkv]_proj'"),
+        )
+        for form in FORMS
+    },
+    "Mamba of Falcon-H1": (FALCON, "ours", ("model.layers.0.mamba.in_proj: got packed", "--ignore '*.mamba.*'")),
+    "attention of StableLM": (STABLE, "ours", ("self_attn.q_proj: got packed", "--ignore '*.self_attn.*'")),
+    "shared experts of GLM 4.5 that compressed-tensors packed": (
+        GLM,
+        "compressed-tensors'",
+        ("model.layers.1.mlp.shared_experts.gate_up_proj: got packed", "--ignore '*.shared_experts.*'"),
+    ),
+}
+
+
+def described(folder: Path, config: PreTrainedConfig, form: str) -> Path:
+    """A quantized checkpoint without its tensors."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**config.to_dict(), "quantization_config": FORMS[form]}))
+    return folder
+
+
+def granite(small: Path) -> Path:
+    """A random Granite 4 whose layers are all of attention, in BF16."""
+    sizes = {**TINY, "num_attention_heads": 2, "num_key_value_heads": 2, "shared_intermediate_size": 256}
+    config = GraniteMoeHybridConfig(**sizes, num_local_experts=0, num_experts_per_tok=0, layer_types=["attention"])
+    GraniteMoeHybridForCausalLM(config).to(torch.bfloat16).save_pretrained(small / "granite")
+    return small / "granite"
+
+
 def changed(small: Path, name: str, base: str, change: Callable[[Tensors], Any]) -> Path:
     folder = small / name
     folder.mkdir()
@@ -345,6 +416,9 @@ def loaded(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
             "flags": asking_for("w4a16", ignore=["lm_head", "model.layers.0.self_attn.[qkv]_proj", "*.1.*.experts.*"]),
         },
     }
+    jobs["Granite"] = {"model": granite(small), "flags": [*METHOD, NO_RADIX]}
+    for number, (name, (config, form, _)) in enumerate(UNSERVED.items()):
+        jobs[name] = {"model": described(small / f"described-{number}", config, form), "flags": [*METHOD, NO_RADIX]}
     for number, (name, (base, change, _)) in enumerate(BAD_TENSORS.items()):
         flags = METHOD if base == "bf16" else []
         jobs[name] = {"model": changed(small, f"tensor-{number}", base, change), "flags": flags}
@@ -408,10 +482,14 @@ def test_ignore_list_leaves_out_other_layers(loaded: dict[str, Any]) -> None:
     assert any("loaded 4 layers," in line for line in loaded["ignoring"]["log"]), loaded["ignoring"]
 
 
-@pytest.mark.parametrize("name", [*BAD_TENSORS, *REFUSED])
+def test_a_model_that_asks_for_scales_of_the_kv_cache_does_not_load(loaded: dict[str, Any]) -> None:
+    assert any("loaded 4 layers," in line for line in loaded["Granite"]["log"]), loaded["Granite"]
+
+
+@pytest.mark.parametrize("name", [*BAD_TENSORS, *REFUSED, *UNSERVED])
 def test_sglang_serves_what_it_must_refuse(loaded: dict[str, Any], name: str) -> None:
     assert "error" in loaded[name], "it was served"
-    for needle in (BAD_TENSORS | REFUSED)[name][2]:
+    for needle in (BAD_TENSORS | REFUSED | UNSERVED)[name][2]:
         assert needle in loaded[name]["error"]
 
 

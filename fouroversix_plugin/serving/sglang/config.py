@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,11 +34,28 @@ _FUSED: Final[Mapping[str, list[str]]] = {
 """What SGLang's models fuse; few of its classes say so themselves."""
 
 _NOT_PACKED: Final[Mapping[str, str]] = {
-    "kv_b_proj": "SGLang's latent attention multiplies by this weight itself; quantize with --ignore '*.kv_b_proj'",
-    "fused_qkv_a_proj_with_mqa": "SGLang fuses q_a_proj and kv_a_proj_with_mqa and keeps the scale of one; quantize "
+    "*.kv_b_proj": "SGLang's latent attention multiplies by this weight itself; quantize with --ignore '*.kv_b_proj'",
+    "*.fused_qkv_a_proj_with_mqa": "SGLang fuses q_a_proj and kv_a_proj_with_mqa and keeps the scale of one; quantize "
     "with --ignore '*.q_a_proj' --ignore '*.kv_a_proj_with_mqa'",
 }
-"""Layers that cannot hold a checkpoint's packed weights, and why."""
+"""Globs of layers that cannot hold a checkpoint's packed weights, and why."""
+
+_NOT_PACKED_IN: Final[Mapping[str, Mapping[str, str]]] = {
+    "Llama4ForConditionalGeneration": {
+        "language_model.*.self_attn.qkv_proj": "SGLang's model puts rows of q_proj and k_proj into another order, but "
+        "only those of full precision; quantize with --ignore '*.self_attn.[qkv]_proj'",
+    },
+}
+"""More of them in one architecture."""
+
+_READ_WEIGHT: Final = {"Glm4MoeForCausalLM", "Glm4MoeLiteForCausalLM"}
+"""Models that read the dtype of `weight` of their shared experts, which not all who pack weights call so."""
+
+_BUILT_UNQUANTIZED: Final[Mapping[str, tuple[str, ...]]] = {
+    "FalconH1ForCausalLM": ("mamba", "in_proj", "out_proj"),
+    "StableLmForCausalLM": ("self_attn", "q_proj", "k_proj", "v_proj", "o_proj"),
+}
+"""A part of every layer that a model builds without asking for a method, and the linear layers in it."""
 
 
 class FourOverSixConfig(QuantizationConfig):
@@ -50,6 +68,7 @@ class FourOverSixConfig(QuantizationConfig):
         self.stored: Format | None = None
         self.random_weights = False
         self.packs_experts = False
+        self.not_packed = _NOT_PACKED
         self.report = LoadReport()
         self._unnamed = itertools.count(1)
 
@@ -98,16 +117,20 @@ class FourOverSixConfig(QuantizationConfig):
     def get_scaled_act_names(self) -> list[str]:
         return []
 
+    def get_cache_scale(self, name: str) -> None:
+        """Some models ask every method for the scale of a KV cache that a tensor is: none is one."""
+
     def get_quant_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, LinearBase):
             mapping = {**_FUSED, **self.packed_modules_mapping}
             if any(self.scheme.ignores(name, fused_shards(name, mapping)) for name in spellings(prefix)):
                 return UnquantizedLinearMethod()
-            if (reason := _NOT_PACKED.get(prefix.rpartition(".")[2])) is not None:
-                if self.stored is not None:
-                    raise ValueError(f"{prefix}: got packed weights, needed full precision: {reason}")
-                if prefix.endswith("kv_b_proj"):
-                    return UnquantizedLinearMethod()
+            if self.stored is None and prefix.endswith("kv_b_proj"):
+                return UnquantizedLinearMethod()
+            if self.stored is not None:
+                for glob, reason in self.not_packed.items():
+                    if fnmatchcase(prefix, glob):
+                        raise ValueError(f"{prefix}: got packed weights, needed full precision: {reason}")
             if self.packs_experts and ".experts." in prefix:
                 raise ValueError(
                     f"{prefix}: SGLang's model packs its experts' weights itself, needed full precision; add "
@@ -142,23 +165,55 @@ def see_checkpoint(made: Any, model_config: Any, load_config: Any) -> None:
     if not isinstance(made, FourOverSixConfig):
         return
     _refuse_tokenizer_workers()
+    model = model_config.model_path
     where = {"revision": model_config.revision, "cache_dir": load_config.download_dir}
-    files = [_json(model_config.model_path, name, **where) for name in ("config.json", HF_QUANT_CONFIG)]
-    made._adopt(model_config.model_path, *files)
+    config, older = (_json(model, name, **where) for name in ("config.json", HF_QUANT_CONFIG))
+    made._adopt(model, config, older)
     made.random_weights = load_config.load_format == "dummy"
-    if made.random_weights and made.stored is not None:
-        refuse_random_bytes(model_config.model_path)
-    if made.stored is None:
-        args = server_args()
-        given = {"--cpu-offload-gb": args.cpu_offload_gb, "--offload-group-size": args.offload_group_size}
-        refuse_offloading(model_config.model_path, given)
-    architectures = {*((files[0] or {}).get("architectures") or ())}
-    if made.stored is None and architectures & _FILL_THEMSELVES:
-        raise ValueError(
-            f"{model_config.model_path}: SGLang's model fills its weights itself, while they are quantized as they "
-            "arrive; serve a checkpoint that `fouroversix quantize` wrote"
-        )
+    architectures = {*((config or {}).get("architectures") or ())}
     made.packs_experts = bool(architectures & _PACK_EXPERTS)
+    if made.stored is None:
+        _refuse_online(model, architectures)
+    else:
+        if made.random_weights:
+            refuse_random_bytes(model)
+        _refuse_built_unquantized(model, architectures, made.scheme)
+        made.not_packed = _not_packed(architectures, made.stored)
+
+
+def _refuse_online(model: str, architectures: Set[str]) -> None:
+    args = server_args()
+    given = {"--cpu-offload-gb": args.cpu_offload_gb, "--offload-group-size": args.offload_group_size}
+    refuse_offloading(model, given)
+    if architectures & _FILL_THEMSELVES:
+        raise ValueError(
+            f"{model}: SGLang's model fills its weights itself, while they are quantized as they arrive; serve a "
+            "checkpoint that `fouroversix quantize` wrote"
+        )
+
+
+def _refuse_built_unquantized(model: str, architectures: Set[str], scheme: Scheme) -> None:
+    for architecture in architectures & _BUILT_UNQUANTIZED.keys():
+        part, *names = _BUILT_UNQUANTIZED[architecture]
+        for name in (f"model.layers.0.{part}.{name}" for name in names):
+            if not scheme.ignores(name):
+                raise ValueError(
+                    f"{model}: {name}: got packed weights, needed full precision: SGLang's model builds this layer "
+                    f"unquantized; quantize with --ignore '*.{part}.*'"
+                )
+
+
+def _not_packed(architectures: Set[str], stored: Format) -> Mapping[str, str]:
+    """Globs of a model's layers that cannot hold its packed weights, and why."""
+    found = dict(_NOT_PACKED)
+    for architecture in architectures & _NOT_PACKED_IN.keys():
+        found |= _NOT_PACKED_IN[architecture]
+    if architectures & _READ_WEIGHT and stored.names["packed"] != "weight":
+        found["*.shared_experts.gate_up_proj"] = (
+            f"SGLang's model reads the `weight` of shared experts, which {stored.name} calls {stored.names['packed']}; "
+            f"quantize with --format {QUANT_METHOD}, or with --ignore '*.shared_experts.*'"
+        )
+    return found
 
 
 def with_fused_experts(found: tuple[Any, str], model_config: Any) -> tuple[Any, str] | None:
