@@ -1,7 +1,8 @@
 """Loads models with SGLang for the tests, in a process of its own: ``sglang_worker.py REQUEST OUT``.
 
-REQUEST is JSON: {name: {"model": folder, "flags": of launch_server, "layers": names}}. What loads is what a server
-loads, by SGLang's own arguments, configuration and loader. OUT gets {name: {"log": our log lines, "most_held":
+REQUEST is JSON: {name: {"model": folder, "flags": of launch_server, "layers": names}}, and "draft", the folder of a
+draft model to load for that model in its place. What loads is what a server loads, by SGLang's own arguments,
+configuration and loader. OUT gets {name: {"log": our log lines, "most_held":
 full-precision weights held at once} or {"error": text}}; NAME.safetensors beside it gets what each of the layers was
 given and gave: LAYER/x, LAYER/y, and of experts LAYER/topk_weights and LAYER/topk_ids, LAYER/each with every expert's
 own answer, LAYER/scaled, what a GPU's runner makes of routed_scaling_factor = 2.5, and LAYER/on_input, that of one
@@ -69,7 +70,8 @@ def run(job: dict[str, Any], out: Path, watch: Watch, first: bool) -> dict[str, 
     try:
         args = prepare_server_args(["--model-path", job["model"], *FLAGS, *job.get("flags", [])])
         publish(args, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=0))
-        config = ModelConfig.from_server_args(args)
+        draft = job.get("draft")
+        config = ModelConfig.from_server_args(args, model_path=draft, is_draft_model=draft is not None)
         if first:
             bootstrap.init_parallel_runtime(server_args=args, device="cpu", dist_port=0)
         bootstrap.init_layer_runtime(model_config=config)

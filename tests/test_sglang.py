@@ -5,6 +5,7 @@ SGLang has an environment of its own; vLLM runs in this one.
 
 import json
 import shlex
+import shutil
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -371,6 +372,22 @@ def described(folder: Path, config: PreTrainedConfig, form: str) -> Path:
     return folder
 
 
+def with_head(small: Path) -> Path:
+    """The random GLM-4 MoE with a head for multi-token prediction, one more layer."""
+    folder = small / "head-bf16"
+    shutil.copytree(small / "shared-bf16", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {name.replace("layers.2.", "layers.3."): t.clone() for name, t in tensors.items() if "layers.2." in name}
+    size = SHARED["hidden_size"]
+    tensors["model.layers.3.eh_proj.weight"] = torch.zeros(size, 2 * size, dtype=torch.bfloat16)
+    for norm in ("enorm", "hnorm", "shared_head.norm"):
+        tensors[f"model.layers.3.{norm}.weight"] = torch.ones(size, dtype=torch.bfloat16)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
 def granite(small: Path) -> Path:
     """A random Granite 4 whose layers are all of attention, in BF16."""
     sizes = {**TINY, "num_attention_heads": 2, "num_key_value_heads": 2, "shared_intermediate_size": 256}
@@ -416,7 +433,15 @@ def loaded(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
             "flags": asking_for("w4a16", ignore=["lm_head", "model.layers.0.self_attn.[qkv]_proj", "*.1.*.experts.*"]),
         },
     }
-    jobs["Granite"] = {"model": granite(small), "flags": [*METHOD, NO_RADIX]}
+    head, stored_head = with_head(small), small / "head"
+    quantize_checkpoint(head, stored_head, fos.preset("w4a16"), format="modelopt")
+    jobs |= {
+        "Granite": {"model": granite(small), "flags": [*METHOD, NO_RADIX]},
+        "a head": {"model": stored_head, "draft": stored_head, "flags": METHOD},
+        "a head online": {"model": head, "draft": head, "flags": METHOD},
+        "a draft model": {"model": stored_head, "draft": small / "w4a16", "flags": METHOD},
+        "itself": {"model": small / "w4a16", "draft": small / "w4a16"},
+    }
     for number, (name, (config, form, _)) in enumerate(UNSERVED.items()):
         jobs[name] = {"model": described(small / f"described-{number}", config, form), "flags": [*METHOD, NO_RADIX]}
     for number, (name, (base, change, _)) in enumerate(BAD_TENSORS.items()):
@@ -484,6 +509,16 @@ def test_ignore_list_leaves_out_other_layers(loaded: dict[str, Any]) -> None:
 
 def test_a_model_that_asks_for_scales_of_the_kv_cache_does_not_load(loaded: dict[str, Any]) -> None:
     assert any("loaded 4 layers," in line for line in loaded["Granite"]["log"]), loaded["Granite"]
+
+
+@pytest.mark.parametrize("head", ["a head", "a head online"])
+def test_a_head_for_multi_token_prediction_is_taken_for_quantized(loaded: dict[str, Any], head: str) -> None:
+    assert not any("loaded" in line for line in loaded[head]["log"]), loaded[head]
+
+
+@pytest.mark.parametrize("draft", ["a draft model", "itself"])
+def test_another_draft_model_is_taken_for_a_head(loaded: dict[str, Any], draft: str) -> None:
+    assert any("loaded 6 layers," in line for line in loaded[draft]["log"]), loaded[draft]
 
 
 @pytest.mark.parametrize("name", [*BAD_TENSORS, *REFUSED, *UNSERVED])

@@ -169,8 +169,12 @@ def see_checkpoint(made: Any, model_config: Any, load_config: Any) -> None:
     where = {"revision": model_config.revision, "cache_dir": load_config.download_dir}
     config, older = (_json(model, name, **where) for name in ("config.json", HF_QUANT_CONFIG))
     made._adopt(model, config, older)
+    config = config or {}
+    if _is_head(made, model_config, config):
+        made.scheme = replace(made.scheme, ignore=("*",))
+        return
     made.random_weights = load_config.load_format == "dummy"
-    architectures = {*((config or {}).get("architectures") or ())}
+    architectures = {*(config.get("architectures") or ())}
     made.packs_experts = bool(architectures & _PACK_EXPERTS)
     if made.stored is None:
         _refuse_online(model, architectures)
@@ -179,6 +183,21 @@ def see_checkpoint(made: Any, model_config: Any, load_config: Any) -> None:
             refuse_random_bytes(model)
         _refuse_built_unquantized(model, architectures, made.scheme)
         made.not_packed = _not_packed(architectures, made.stored)
+
+
+def _is_head(made: FourOverSixConfig, model_config: Any, config: Mapping[str, Any]) -> bool:
+    """Whether a draft model is the served checkpoint's head for multi-token prediction, and that is not quantized.
+
+    SGLang's class for it calls its layers otherwise than the checkpoint, whose ignore list would not be found to match.
+    """
+    if not model_config.is_draft_model or model_config.model_path != server_args().model_path:
+        return False
+    if model_config.hf_config.architectures == config.get("architectures"):  # the same model again
+        return False
+    behind = (config.get("text_config") or config).get("num_hidden_layers")
+    layers = ("mtp.layers.0", "model.mtp_layers.0", f"model.layers.{behind}")
+    names = (f"{layer}.mlp.{part}down_proj" for layer in layers for part in ("", "experts.0."))
+    return made.stored is None or any(map(made.scheme.ignores, names))
 
 
 def _refuse_online(model: str, architectures: Set[str]) -> None:
