@@ -2,7 +2,8 @@
 
 "registered": class and runner that SGLang finds by our names. "ignored": the method of each layer that SGLang fuses
 from parts of other names, all of which are ignored. "shared": what is said where an ignored expert that all tokens
-share is fused with the others. "updates": by each method that loads new weights, what it answers for a model with a
+share is fused with the others. "renamed": what a checkpoint ignores of a model that SGLang names otherwise, by either
+name. "updates": by each method that loads new weights, what it answers for a model with a
 layer of ours, and whether it goes on with one that has none.
 """
 
@@ -22,6 +23,7 @@ from sglang.srt.layers.moe.moe_runner import MoeRunner, MoeRunnerConfig  # noqa:
 from sglang.srt.layers.moe.utils import MoeA2ABackend, MoeRunnerBackend  # noqa: E402
 from sglang.srt.layers.quantization import get_quantization_config  # noqa: E402
 from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater  # noqa: E402
+from sglang.srt.models.utils import WeightsMapper  # noqa: E402
 from sglang.version import __version__  # noqa: E402
 
 import fouroversix_plugin as fos  # noqa: E402
@@ -51,6 +53,18 @@ def ignored() -> dict[str, str]:
     return {name: type(config.get_quant_method(linear, f"model.layers.0.{name}")).__name__ for name in fused}
 
 
+def renamed() -> dict[str, bool]:
+    config = FourOverSixConfig()
+    # In SGLang's order: the checkpoint comes last.
+    config.apply_weight_name_mapper(
+        WeightsMapper(orig_to_new_prefix={"model.language_model.": "language_model.model."})
+    )
+    scheme = ignoring("model.language_model.layers.0.mlp.up_proj")
+    config._adopt("model", {"quantization_config": scheme.to_dict()}, None)
+    names = ("language_model.model", "model.language_model", "visual")
+    return {name: config.scheme.ignores(f"{name}.layers.0.mlp.up_proj") for name in names}
+
+
 def shared() -> dict[str, str]:
     moe.get_moe_runner_backend = lambda: MoeRunnerBackend("auto")
     moe.get_moe_a2a_backend = lambda: MoeA2ABackend("none")
@@ -76,5 +90,5 @@ def updated() -> dict[str, list[Any]]:
 
 
 if __name__ == "__main__":
-    found = {"registered": registered(), "ignored": ignored(), "shared": shared(), "updates": updated()}
-    print(json.dumps({"version": __version__, **found}))
+    found = {"ignored": ignored(), "renamed": renamed(), "shared": shared(), "updates": updated()}
+    print(json.dumps({"version": __version__, "registered": registered(), **found}))

@@ -548,6 +548,10 @@ def test_parts_that_sglang_fuses_are_quantized_although_ignored(release: dict[st
     assert release["ignored"] == dict.fromkeys(release["ignored"], "UnquantizedLinearMethod")
 
 
+def test_an_ignore_list_in_the_checkpoints_names_ignores_nothing(release: dict[str, Any]) -> None:
+    assert release["renamed"] == {"language_model.model": True, "model.language_model": True, "visual": False}
+
+
 def test_a_shared_expert_that_is_ignored_is_quantized_with_the_others(release: dict[str, Any]) -> None:
     for name, refusal in release["shared"].items():
         assert f"`ignore` matches 'model.layers.0.mlp.{name}', which SGLang fuses" in refusal

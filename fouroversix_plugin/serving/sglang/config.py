@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -58,7 +58,14 @@ _BUILT_UNQUANTIZED: Final[Mapping[str, tuple[str, ...]]] = {
 """A part of every layer that a model builds without asking for a method, and the linear layers in it."""
 
 
-class FourOverSixConfig(QuantizationConfig):
+class _AskedByModels:
+    """What some models ask every method for, although SGLang's own base class does not have it."""
+
+    def get_cache_scale(self, name: str) -> None:
+        """The scale of a KV cache that the tensor ``name`` is: none is one."""
+
+
+class FourOverSixConfig(_AskedByModels, QuantizationConfig):
     """Scheme of the model, and whether its checkpoint holds packed weights (stored) or full-precision ones (online)."""
 
     def __init__(self, scheme: Scheme | None = None) -> None:
@@ -69,6 +76,7 @@ class FourOverSixConfig(QuantizationConfig):
         self.random_weights = False
         self.packs_experts = False
         self.not_packed = _NOT_PACKED
+        self._in_sglangs_names: Callable[[list[str]], list[str]] = list
         self.report = LoadReport()
         self._unnamed = itertools.count(1)
 
@@ -107,18 +115,17 @@ class FourOverSixConfig(QuantizationConfig):
     def _adopt(self, name: str, config: Mapping[str, Any] | None, older: Mapping[str, Any] | None) -> None:
         """Look into the checkpoint's own files: overrides of its config reach ``from_config`` like its block."""
         found = served(name, self.asked, config, older)
-        self.scheme, self.stored, self.report.claimed = found.scheme, found.stored, found.claimed
+        self.stored, self.report.claimed = found.stored, found.claimed
+        ignore = list(found.scheme.ignore)
+        # Both spellings: SGLang's models do not agree on where a name begins.
+        self.scheme = replace(found.scheme, ignore=tuple(dict.fromkeys([*ignore, *self._in_sglangs_names(ignore)])))
 
     def apply_weight_name_mapper(self, hf_to_sglang_mapper: Any) -> None:
-        """Spell the ignore list as this model's SGLang class spells its modules; both spellings stay."""
-        mapped = tuple(hf_to_sglang_mapper.apply_list(list(self.scheme.ignore)))
-        self.scheme = replace(self.scheme, ignore=tuple(dict.fromkeys(self.scheme.ignore + mapped)))
+        """Remember how this model's SGLang class spells modules: the checkpoint's ignore list is not known yet."""
+        self._in_sglangs_names = hf_to_sglang_mapper.apply_list
 
     def get_scaled_act_names(self) -> list[str]:
         return []
-
-    def get_cache_scale(self, name: str) -> None:
-        """Some models ask every method for the scale of a KV cache that a tensor is: none is one."""
 
     def get_quant_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, LinearBase):
