@@ -178,11 +178,16 @@ EXPERT_KINDS: Final[Mapping[Part, Kind]] = {
 
 
 def under_name(loader: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """An engine's expert loader told another name than the checkpoint's."""
+    """An engine's expert loader told another name than the checkpoint's.
+
+    Granite 4 in SGLang asks, as in vLLM, whether an expert was loaded, and SGLang's loader does not say: it was, then.
+    """
+    says = "return_success" in inspect.signature(loader).parameters
 
     @functools.wraps(loader)
     def load(param: Tensor, loaded_weight: Tensor, weight_name: str, *shard: Any, **named: Any) -> Any:
-        return loader(param, loaded_weight, name, *shard, **named)
+        asked = not says and named.pop("return_success", False)
+        return loader(param, loaded_weight, name, *shard, **named) or asked
 
     return load
 
