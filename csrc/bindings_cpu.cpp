@@ -24,7 +24,7 @@ class Lines {
 
 struct Product {
   const Linear& l;
-  bool by_tiles;
+  bool by_bf16;
   int64_t tokens_at;  // where its tokens are, as the kernels read them, among those of all products
 };
 
@@ -53,12 +53,12 @@ int64_t strips_of(const Linear& l) { return (l.outputs + kBlock - 1) / kBlock; }
 
 #if defined(__x86_64__)
 
-constexpr int64_t kTokensForTiles = 8;    // from which on they win
+constexpr int64_t kTokensForBf16 = 8;     // from which on products of bf16 win
 constexpr int64_t kPanelBytes = 3 << 18;  // of unpacked weights: well within a second-level cache
 
-bool by_tiles(const Linear& l) {
+bool by_bf16(const Linear& l) {
   static const bool usable = &cpu_kernels() == &avx512::kernels && avx512::bf16_products() != avx512::Bf16Products::none;
-  return usable && l.x_dtype == Dtype::bf16 && l.tokens >= kTokensForTiles;
+  return usable && l.x_dtype == Dtype::bf16 && l.tokens >= kTokensForBf16;
 }
 
 int64_t panel_bytes_of_strip(const Linear& l) { return 2 * kBlock * round_up(l.columns, kTileStep); }
@@ -84,7 +84,7 @@ constexpr int64_t kTokensOfTile = kTileTokens;
 
 #else
 
-bool by_tiles(const Linear&) { return false; }
+bool by_bf16(const Linear&) { return false; }
 int64_t strips_of_panel(const Linear&) { return 1; }
 int64_t tile_bytes(const Linear&) { return 0; }
 void make_tiles(const Linear&, int64_t, int64_t, uint8_t*) {}
@@ -109,23 +109,23 @@ void run(const std::vector<Linear>& linears) {
   int64_t bytes = 0, x_values = 0, w_values = 0;
   for (int64_t i = 0; i < count; ++i) {
     const Linear& l = linears[i];
-    const Product& p = products.emplace_back(Product{l, by_tiles(l), bytes});
-    bytes += p.by_tiles ? tile_bytes(l) : l.tokens * l.columns * static_cast<int64_t>(sizeof(float));
+    const Product& p = products.emplace_back(Product{l, by_bf16(l), bytes});
+    bytes += p.by_bf16 ? tile_bytes(l) : l.tokens * l.columns * static_cast<int64_t>(sizeof(float));
     x_values += l.tokens * l.columns;
     w_values += strips_of(l) * kBlock * l.columns;
     cut(tokens, i, l.tokens, round_up(rows_of(kGrain, l.columns), kTokensOfTile));
-    cut(strips, i, strips_of(l), p.by_tiles ? strips_of_panel(l) : (strips_of(l) + parts - 1) / parts);
+    cut(strips, i, strips_of(l), p.by_bf16 ? strips_of_panel(l) : (strips_of(l) + parts - 1) / parts);
   }
   Lines memory(bytes);
   uint8_t* const all = memory.data();
   share(tokens, x_values, [&](const Part& part) {
     const Product& p = products[part.product];
-    if (p.by_tiles) make_tiles(p.l, part.begin, part.end, all + p.tokens_at);
+    if (p.by_bf16) make_tiles(p.l, part.begin, part.end, all + p.tokens_at);
     else kernels.tokens_in_fp32(p.l, part.begin, part.end, reinterpret_cast<float*>(all + p.tokens_at));
   });
   share(strips, w_values, [&](const Part& part) {
     const Product& p = products[part.product];
-    if (p.by_tiles) multiply_panel(p.l, all + p.tokens_at, part.begin, part.end);
+    if (p.by_bf16) multiply_panel(p.l, all + p.tokens_at, part.begin, part.end);
     else kernels.linear_strips(p.l, reinterpret_cast<const float*>(all + p.tokens_at), part.begin, part.end);
   });
 }

@@ -3,8 +3,8 @@
 "registered": class and runner that SGLang finds by our names. "ignored": the method of each layer that SGLang fuses
 from parts of other names, all of which are ignored. "shared": what is said where an ignored expert that all tokens
 share is fused with the others. "renamed": what a checkpoint ignores of a model that SGLang names otherwise, by either
-name. "updates": by each method that loads new weights, what it answers for a model with a
-layer of ours, and whether it goes on with one that has none.
+name. "updates": by each method that loads new weights, what it answers for a model with a layer of ours, and whether
+it goes on with one that has none.
 """
 
 import json

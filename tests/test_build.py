@@ -5,7 +5,9 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from conftest import ROOT, assert_same_bytes, mixed_magnitudes
 
 import fouroversix_plugin as fos
 from fouroversix_plugin import reference
-from fouroversix_plugin.kernels import build
+from fouroversix_plugin.kernels import build, cpu
 
 # A process of its own: what is loaded stays loaded.
 QUANTIZE = """
@@ -147,7 +149,9 @@ def test_a_cache_home_that_the_standard_forbids_is_used(monkeypatch: pytest.Monk
     assert build.cache_directory() == Path.home() / ".cache" / "fouroversix" / "kernels"
 
 
-def test_options_for_nvcc_in_the_environment_change_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_for_nvcc_in_the_environment_change_arithmetic(
+    monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
     """The host's compiler is chosen there, by conda for one, and nothing else."""
     monkeypatch.setattr(build, "nvcc", lambda: "nvcc")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -155,11 +159,13 @@ def test_options_for_nvcc_in_the_environment_change_arithmetic(monkeypatch: pyte
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     usual = build._cuda_recipe()
-    monkeypatch.setenv("NVCC_PREPEND_FLAGS", "--use_fast_math -ccbin=/opt/g++")
+    monkeypatch.setenv("NVCC_PREPEND_FLAGS", "--use_fast_math -allow-unsupported-compiler -ccbin=/opt/g++")
     monkeypatch.setenv("NVCC_APPEND_FLAGS", "-ftz=true")
     asked = build._cuda_recipe()
-    assert asked.compile == tuple((*command, "-ccbin", "/opt/g++") for command in usual.compile)
-    assert asked.link == (*usual.link[:1], "-ccbin", "/opt/g++", *usual.link[1:])
+    host = ("-allow-unsupported-compiler", "-ccbin", "/opt/g++")
+    assert asked.compile == tuple((*command, *host) for command in usual.compile)
+    assert asked.link == (*usual.link[:1], *host, *usual.link[1:])
+    assert "not --use_fast_math -ftz=true" in log.records[-1].message
     unseen = "import os, sys; sys.exit(any(name.startswith('NVCC_') for name in os.environ))"
     build._run([sys.executable, "-c", unseen])
     monkeypatch.setenv("NVCC_PREPEND_FLAGS", "-O3 -ccbin")
@@ -173,34 +179,65 @@ def test_architecture_flags_miss_the_instructions_of_the_very_chip() -> None:
     assert build.architecture_flags((8, 6)) == ("-gencode=arch=compute_86,code=sm_86",)
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have one instruction set here")
+x86_64 = pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have one instruction set here")
+
+
+@pytest.fixture
+def forced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
+    """Operators of a library whose sources were changed so that it takes one way of several."""
+
+    def make(name: str, isa: str, file: str, changes: Mapping[str, str]) -> Any:
+        copy, directory = tmp_path / "csrc", tmp_path / "build"
+        directory.mkdir()
+        shutil.copytree(build.csrc(), copy)
+        source = (copy / file).read_text()
+        for old, new in changes.items():
+            assert old in source
+            source = source.replace(old, new)
+        (copy / file).write_text(source)
+        monkeypatch.setattr(build, "csrc", lambda: copy)
+        recipe = build._cpu_recipe()
+        library = f"fouroversix_{name}"
+        commands = [tuple(word.replace("fouroversix_cpu", library) for word in command) for command in recipe.compile]
+        # Of instruction sets that are not run only names are needed.
+        others = {f"-DFOS_ISA={other}" for other in build._ISAS["x86_64"] if other != isa}
+        commands = [(*command, "-O0") if others.intersection(command) else command for command in commands]
+        torch.ops.load_library(build._compile(build._Recipe(tuple(commands), recipe.link), directory))
+        return getattr(torch.ops, library)
+
+    return make
+
+
+@x86_64
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_an_instruction_set_gives_other_bytes(isa: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    # A library that takes this one, forced by a header that knows no better; the other tests run the best one.
-    copy = tmp_path / "csrc"
-    copy.mkdir()
-    for source in build.csrc().iterdir():
-        (copy / source.name).write_bytes(source.read_bytes())
-    header = (copy / "cpu.h").read_text()
-    for better in ("avx512", "avx2"):
-        assert f"return {better}::kernels;" in header
-        header = header.replace(f"return {better}::kernels;", f"return {isa}::kernels;")
-    (copy / "cpu.h").write_text(header)
-    monkeypatch.setattr(build, "csrc", lambda: copy)
-    recipe = build._cpu_recipe()
-    commands = [
-        tuple(word.replace("fouroversix_cpu", f"fouroversix_{isa}") for word in command) for command in recipe.compile
-    ]
-    # Of instruction sets that are not run only names are needed.
-    others = {f"-DFOS_ISA={name}" for name in build._ISAS["x86_64"] if name != isa}
-    commands = [(*command, "-O0") if others.intersection(command) else command for command in commands]
-    directory = tmp_path / "build"
-    directory.mkdir()
-    torch.ops.load_library(build._compile(build._Recipe(tuple(commands), recipe.link), directory))
+def test_an_instruction_set_gives_other_bytes(isa: str, forced: Callable[..., Any]) -> None:
+    # Forced by a header that knows no better; the other tests run the best one.
+    better = {f"return {name}::kernels;": f"return {isa}::kernels;" for name in ("avx512", "avx2")}
+    operators = forced(isa, isa, "cpu.h", better)
     x = mixed_magnitudes(65, 1040, seed=0)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         expected = reference.quantize(x.to(dtype), fos.Recipe(), "token")
-        packed, scale, decode = getattr(torch.ops, f"fouroversix_{isa}").quantize(
-            x.to(dtype), None, None, False, 1, 0, 0, True, 1536.0, 0
-        )
+        packed, scale, decode = operators.quantize(x.to(dtype), None, None, False, 1, 0, 0, True, 1536.0, 0)
         assert_same_bytes(fos.NVFP4Tensor(packed, scale.view(torch.float8_e4m3fn), decode), expected)
+
+
+@x86_64
+@pytest.mark.parametrize(("way", "needed"), [("none", "avx512bw"), ("pairs", "avx512_bf16"), ("tiles", "amx_bf16")])
+def test_a_way_to_multiply_bf16_is_off_by_more_than_fp32_rounding(
+    way: str, needed: str, forced: Callable[..., Any]
+) -> None:
+    """Each that the processor has; the other tests run the best one."""
+    if f" {needed}" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip(f"this processor has no {needed}")
+    changes = {} if way == "tiles" else {"  return found;": f"  return found, Bf16Products::{way};"}
+    operators = forced(way, "avx512", "cpu_linear.cpp", changes)
+    for rows, columns in ((16, 16), (129, 1040), (40, 4112)):
+        g = torch.Generator().manual_seed(rows)
+        q = fos.quantize(torch.randn(rows, columns, generator=g), granularity="token")
+        strips = cpu.to_strips(q.packed, q.block_scale.view(torch.uint8))
+        for tokens in (8, 15, 17, 33, 70):
+            x = torch.randn(tokens, columns, generator=g).bfloat16()
+            y = operators.linear(x, *strips, q.decode_scale, None, None, torch.float32)
+            weight = reference.dequantize(q).double()
+            error = (y.double() - x.double() @ weight.T).abs()
+            assert bool((error <= 1.2e-7 * (columns / 2 + 16) * (x.double().abs() @ weight.abs().T)).all())

@@ -189,6 +189,12 @@ def test_a_folder_of_the_models_own_is_lost(source: Path, tmp_path: Path) -> Non
     copied = {"1_Pooling/config.json", "2_Dense/model.safetensors", "additional_chat_templates/tool_use.jinja"}
     assert {str(path) for path in below} == copied
     assert below[Path("1_Pooling/config.json")] == "1_Pooling"
+    (source / "modules.json").rename(tmp_path / "modules.json")
+    quantize_checkpoint(source, tmp_path / "without", SCHEME)
+    own, others = (contents(tmp_path / name) for name in ("out", "without"))
+    assert own.keys() - others.keys() == {"modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors"}
+    assert own[SINGLE] == others[SINGLE]
+    (tmp_path / "modules.json").rename(source / "modules.json")
     shutil.rmtree(source / "2_Dense")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "secret").write_text("")
@@ -732,6 +738,21 @@ def test_engines_ask_for_stacked_experts_that_were_left_alone(tmp_path: Path, su
     block = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     holder = "layers.0.experts" if suffix.startswith("experts") else "layers.0.block_sparse_moe.experts"
     assert holder in block["ignore"]
+
+
+@pytest.mark.parametrize("pattern", ["*.experts", "*.experts.*", "model.layers.0.block_sparse_moe.experts"])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_experts_that_are_ignored_together_are_quantized(tmp_path: Path, pattern: str, stacked: bool) -> None:
+    """By whatever name engines or the checkpoint have for them."""
+    moe = "model.layers.0.block_sparse_moe"
+    apart = {f"{moe}.{name.removeprefix('model.layers.0.mlp.')}": weight for name, weight in experts().items()}
+    both = {f"{moe}.input_linear.weight": stack(("gate_proj", "up_proj"), False)}
+    source = single(tmp_path / "source", {**(both if stacked else apart), "o_proj.weight": torch.ones(16, 32)})
+    scheme = replace(SCHEME, ignore=(pattern,))
+    plan = quantize_checkpoint(source, tmp_path / "out", scheme)
+    assert [matrix.module for group in plan.groups.values() for matrix in group] == ["o_proj"]
+    names = [name.removesuffix(".weight") for name in apart]
+    assert plan.scheme.ignores(f"{moe}.experts", names)
 
 
 @pytest.mark.parametrize("ignored", ["*.down_proj", "*.experts.0.*", "*.experts.1.gate_proj|*.experts.1.up_proj"])

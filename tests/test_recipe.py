@@ -360,7 +360,6 @@ def test_presets_quantize_exactly_the_linear_layers() -> None:
         "bert.pooler.dense",
         "head.dense",
         "custom_text_proj",
-        "new.encoder.layer.0.mlp.up_gate_proj",
         f"{layer}.self_attn.q_norm",
         f"{layer}.self_attn.indexer.wk",
         f"{layer}.self_attn.indexer.weights_proj",

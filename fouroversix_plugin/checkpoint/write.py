@@ -327,7 +327,8 @@ def _folders(source: Path) -> list[str]:
     names = [_CHAT_TEMPLATES]
     if (source / _MODULES).exists():
         names += [str(module.get("path", "")) for module in read_json_objects(checked_path(source, _MODULES))]
-    return [name for name in dict.fromkeys(names) if Path(name).name == name and (source / name).is_dir()]
+    # The transformer's own path is empty: the folder itself.
+    return [name for name in dict.fromkeys(names) if name and Path(name).name == name and (source / name).is_dir()]
 
 
 def _pwrite(descriptor: int, tensor: Tensor, position: int) -> None:

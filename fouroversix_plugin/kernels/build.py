@@ -255,15 +255,19 @@ def nvcc() -> str:
 
 
 def _host_compiler() -> tuple[str, ...]:
-    """nvcc's option for the host's compiler, where the environment gives one: conda's packages do so."""
+    """nvcc's options for the host's compiler, where the environment gives some, as conda and distributions do."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("-ccbin", "--compiler-bindir")
+    parser.add_argument("-allow-unsupported-compiler", "--allow-unsupported-compiler", action="store_true")
     try:
         words = [word for name in _NVCC_OPTIONS for word in shlex.split(os.environ.get(name, ""))]
-        found = parser.parse_known_args(words)[0].compiler_bindir
+        found, others = parser.parse_known_args(words)
     except (argparse.ArgumentError, ValueError) as error:
         raise BuildError(f"{' or '.join(_NVCC_OPTIONS)}: {error}") from error
-    return () if found is None else ("-ccbin", found)
+    if others:
+        logger.info("fouroversix: of %s only the host's compiler counts, not %s", _NVCC_OPTIONS[0], shlex.join(others))
+    options = ("-allow-unsupported-compiler",) if found.allow_unsupported_compiler else ()
+    return options if found.compiler_bindir is None else (*options, "-ccbin", found.compiler_bindir)
 
 
 def architecture_flags(capability: tuple[int, int]) -> tuple[str, ...]:

@@ -38,7 +38,6 @@ def register() -> None:
         return
     HookRegistry.register("sglang.srt.model_loader.loader._get_quantization_config", see_checkpoint, HookType.AFTER)
     HookRegistry.register("sglang.srt.model_loader.utils.get_model_architecture", with_fused_experts, HookType.AFTER)
-    _refuse_updates()
     # First: SGLang asks the methods in this order whose a checkpoint is, and its own ModelOpt ones take any of theirs.
     others = dict(QUANTIZATION_METHODS)
     QUANTIZATION_METHODS.clear()
@@ -50,13 +49,15 @@ def register() -> None:
     # Last: a name that is gone here must not cost dense models the plugin.
     runner_module().register()
     add_moe_runner_backend_choices([RUNNER])
+    _refuse_updates()
 
 
 def _refuse_updates() -> None:
     """Where a release has the place for it: in 0.5.14 a server that is given new weights ends with our error."""
     try:
         from fouroversix_plugin.serving.sglang import updates
-    except ImportError:
+    except ImportError as error:
+        logger.info("fouroversix: new weights would end a running server here: %s", error)
         return
     updates.register()
 

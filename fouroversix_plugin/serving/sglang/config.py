@@ -48,7 +48,7 @@ _NOT_PACKED_IN: Final[Mapping[str, Mapping[str, str]]] = {
 }
 """More of them in one architecture."""
 
-_READ_WEIGHT: Final = {"Glm4MoeForCausalLM", "Glm4MoeLiteForCausalLM"}
+_READ_WEIGHT: Final = {"Dots3NoteForCausalLM", "Glm4MoeForCausalLM", "Glm4MoeLiteForCausalLM"}
 """Models that read the dtype of `weight` of their shared experts, which not all who pack weights call so."""
 
 _BUILT_UNQUANTIZED: Final[Mapping[str, tuple[str, ...]]] = {
