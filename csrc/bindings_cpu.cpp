@@ -53,12 +53,16 @@ int64_t strips_of(const Linear& l) { return (l.outputs + kBlock - 1) / kBlock; }
 
 #if defined(__x86_64__)
 
-constexpr int64_t kTokensForBf16 = 8;     // from which on products of bf16 win
-constexpr int64_t kPanelBytes = 3 << 18;  // of unpacked weights: well within a second-level cache
+constexpr int64_t kTokensForTiles = 8, kTokensForPairs = 5;  // from which on they win
+constexpr int64_t kPanelBytes = 3 << 18;                     // of unpacked weights: well within a second-level cache
 
 bool by_bf16(const Linear& l) {
-  static const bool usable = &cpu_kernels() == &avx512::kernels && avx512::bf16_products() != avx512::Bf16Products::none;
-  return usable && l.x_dtype == Dtype::bf16 && l.tokens >= kTokensForBf16;
+  if (l.x_dtype != Dtype::bf16 || &cpu_kernels() != &avx512::kernels) return false;
+  switch (avx512::bf16_products()) {
+    case avx512::Bf16Products::tiles: return l.tokens >= kTokensForTiles;
+    case avx512::Bf16Products::pairs: return l.tokens >= kTokensForPairs;
+    default: return false;
+  }
 }
 
 int64_t panel_bytes_of_strip(const Linear& l) { return 2 * kBlock * round_up(l.columns, kTileStep); }

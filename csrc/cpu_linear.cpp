@@ -7,9 +7,10 @@
 //
 // - A few tokens: within a block, x times e2m1 is summed for even and for odd columns; the sum of the two is multiplied
 //   by the block scale into the total. The products are exact for bf16 and fp16 (at most 13 significant bits).
-// - Many bf16 tokens on a processor that multiplies bf16 (AMX, AVX512_BF16): a panel of rows is unpacked to bf16 (exact:
+// - More bf16 tokens on a processor that multiplies bf16 (AMX, AVX512_BF16): a panel of rows is unpacked to bf16 (exact:
 //   e2m1 * E4M3 has 6 significant bits) into the second-level cache, where it is multiplied with all tokens, accumulating
-//   in fp32. These instructions read subnormal bf16 numbers as 0.
+//   in fp32; for at most 16 tokens by AVX512_BF16 it need not go through memory. These instructions read subnormal bf16
+//   numbers as 0.
 //
 // What a number of y is summed from, and in which order, does not depend on how rows and tokens share the work.
 #include "cpu.h"
@@ -349,19 +350,24 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+// Two columns of a strip as bf16 [16 rows][2].
+FOS_FN __m512i unpacked(const uint8_t* codes, Lanes scale) {
+  Lanes even, odd;
+  Lanes::unpack(codes, even, odd);
+  // The products are bf16 numbers already: their upper halves, side by side.
+  const __m512i high = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
+  const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(_mm512_mul_ps(even.v, scale.v)), 16);
+  return _mm512_or_si512(low, _mm512_and_si512(_mm512_castps_si512(_mm512_mul_ps(odd.v, scale.v)), high));
+}
+
 // A strip as tiles [columns / 32][16 pairs of columns][16 rows][2] of bf16; columns that do not exist are 0.
 void unpack_strip(const Linear& l, int64_t strip, uint16_t* out) {
   const int64_t blocks = l.columns / kBlock;
-  const __m512i high = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
   for (int64_t block = 0; block < blocks; ++block) {
-    const __m512 scale = Lanes::scales(l.block_scale + (strip * blocks + block) * kBlock).v;
+    const Lanes scale = Lanes::scales(l.block_scale + (strip * blocks + block) * kBlock);
+    const uint8_t* codes = l.codes + (strip * blocks + block) * kStripBytes;
     for (int pair = 0; pair < kBlock / 2; ++pair) {
-      Lanes even, odd;
-      Lanes::unpack(l.codes + (strip * blocks + block) * kStripBytes + pair * kBlock, even, odd);
-      // The products are bf16 numbers already: their upper halves, side by side.
-      const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(_mm512_mul_ps(even.v, scale)), 16);
-      const __m512i top = _mm512_and_si512(_mm512_castps_si512(_mm512_mul_ps(odd.v, scale)), high);
-      _mm512_store_si512(out + (block * (kBlock / 2) + pair) * 2 * kBlock, _mm512_or_si512(low, top));
+      _mm512_store_si512(out + (block * (kBlock / 2) + pair) * 2 * kBlock, unpacked(codes + pair * kBlock, scale));
     }
   }
   if (blocks % 2 != 0) {
@@ -432,6 +438,13 @@ FOS_FN void finish_pair(const Linear& l, int64_t first, int64_t count, int64_t r
   }
 }
 
+// Two bf16 numbers beside each other.
+FOS_FN int two_numbers(const uint16_t* x) {
+  int both;
+  std::memcpy(&both, x, sizeof both);
+  return both;
+}
+
 // Sums of two groups of tokens, for two strips each.
 using Sums = float[2][2][kTileTokens][kBlock];
 
@@ -484,9 +497,8 @@ struct ByPairs {
           const __m512bh w1 = (__m512bh)_mm512_load_si512(w[1] + step * kTile + pair * kTileStep);
 #pragma GCC unroll 8
           for (int t = 0; t < kTogether; ++t) {
-            int two;
-            std::memcpy(&two, of_tokens + step * kTile + t * kTileStep + pair * 2, sizeof two);
-            const __m512bh numbers = (__m512bh)_mm512_set1_epi32(two);
+            const uint16_t* both = of_tokens + step * kTile + t * kTileStep + 2 * pair;
+            const __m512bh numbers = (__m512bh)_mm512_set1_epi32(two_numbers(both));
             total[0][t] = _mm512_dpbf16_ps(total[0][t], numbers, w0);
             total[1][t] = _mm512_dpbf16_ps(total[1][t], numbers, w1);
           }
@@ -499,6 +511,61 @@ struct ByPairs {
     }
   }
 };
+
+// What ByPairs sums for one group of tokens, of weights that are unpacked where they are multiplied.
+template <int strips, int tokens>
+__attribute__((target("avx512bf16"))) void sum_few(const Linear& l, const uint16_t* x, int64_t strip,
+                                                   float (&sums)[strips][tokens][kBlock]) {
+  const int64_t blocks = l.columns / kBlock;
+  __m512 total[strips][tokens];
+  for (int s = 0; s < strips; ++s) {
+    for (int t = 0; t < tokens; ++t) total[s][t] = _mm512_setzero_ps();
+  }
+  for (int64_t block = 0; block < blocks; ++block) {
+    const uint16_t* of_block = x + block / 2 * kTile + block % 2 * kBlock;
+    Lanes scale[strips];
+    const uint8_t* codes[strips];
+    for (int s = 0; s < strips; ++s) {
+      scale[s] = Lanes::scales(l.block_scale + ((strip + s) * blocks + block) * kBlock);
+      codes[s] = l.codes + ((strip + s) * blocks + block) * kStripBytes;
+    }
+#pragma GCC unroll 8
+    for (int pair = 0; pair < kBlock / 2; ++pair) {
+      __m512bh w[strips];
+      for (int s = 0; s < strips; ++s) w[s] = (__m512bh)unpacked(codes[s] + pair * kBlock, scale[s]);
+#pragma GCC unroll 16
+      for (int t = 0; t < tokens; ++t) {
+        const __m512bh numbers = (__m512bh)_mm512_set1_epi32(two_numbers(of_block + t * kTileStep + 2 * pair));
+        for (int s = 0; s < strips; ++s) total[s][t] = _mm512_dpbf16_ps(total[s][t], numbers, w[s]);
+      }
+    }
+  }
+  for (int s = 0; s < strips; ++s) {
+    for (int t = 0; t < tokens; ++t) _mm512_store_ps(sums[s][t], total[s][t]);
+  }
+}
+
+template <int strips, int tokens>
+void few(const Linear& l, const uint16_t* x, int64_t strip) {
+  alignas(64) float sums[strips][tokens][kBlock];
+  sum_few<strips, tokens>(l, x, strip, sums);
+  for (int s = 0; s < strips; ++s) {
+    for (int64_t t = 0; t < l.tokens; ++t) finish(l, t, (strip + s) * kBlock, sums[s][t]);
+  }
+}
+
+// Strips [begin, end) for at most 16 tokens: as many at once as make 16 sums.
+void few_by_pairs(const Linear& l, const uint16_t* x, int64_t begin, int64_t end) {
+  const StrictSubnormals strict;
+  constexpr int kHalf = kTileTokens / 2;
+  int64_t strip = begin;
+  if (l.tokens <= kHalf) {
+    for (; strip + 2 <= end; strip += 2) few<2, kHalf>(l, x, strip);
+    if (strip < end) few<1, kHalf>(l, x, strip);
+  } else {
+    for (; strip < end; ++strip) few<1, kTileTokens>(l, x, strip);
+  }
+}
 
 template <Dtype dtype, class Products>
 void panel_as(const Linear& l, const uint16_t* tokens, int64_t begin, int64_t end, uint16_t* scratch) {
@@ -543,6 +610,7 @@ void panel_by(const Linear& l, const uint16_t* tokens, int64_t begin, int64_t en
 
 void linear_panel(const Linear& l, const uint16_t* tokens, int64_t begin, int64_t end, uint16_t* scratch) {
   if (bf16_products() == Bf16Products::tiles) return panel_by<ByTiles>(l, tokens, begin, end, scratch);
+  if (l.tokens <= kTileTokens) return few_by_pairs(l, tokens, begin, end);
   panel_by<ByPairs>(l, tokens, begin, end, scratch);
 }
 
