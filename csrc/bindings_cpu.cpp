@@ -1,4 +1,5 @@
 // The products on a CPU as torch operators (torch.ops.fouroversix_cpu), beside the quantizers of bindings.cpp.
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <memory>
@@ -118,7 +119,8 @@ void run(const std::vector<Linear>& linears) {
     x_values += l.tokens * l.columns;
     w_values += strips_of(l) * kBlock * l.columns;
     cut(tokens, i, l.tokens, round_up(rows_of(kGrain, l.columns), kTokensOfTile));
-    cut(strips, i, strips_of(l), p.by_bf16 ? strips_of_panel(l) : (strips_of(l) + parts - 1) / parts);
+    const int64_t of_part = (strips_of(l) + parts - 1) / parts;
+    cut(strips, i, strips_of(l), p.by_bf16 ? std::min(strips_of_panel(l), round_up(of_part, 2)) : of_part);
   }
   Lines memory(bytes);
   uint8_t* const all = memory.data();

@@ -30,7 +30,7 @@ struct CpuKernels {
   void tokens_in_fp32(const Linear&, int64_t, int64_t, float*);                                   \
   void linear_strips(const Linear&, const float*, int64_t, int64_t);                              \
   void combine_tokens(const Combine&, int64_t, int64_t);                                          \
-  constexpr CpuKernels kernels = {row_amax,       quantize_blocks, decode_scales, dequantize_rows, \
+  inline constexpr CpuKernels kernels = {row_amax,       quantize_blocks, decode_scales, dequantize_rows, \
                                   tokens_in_fp32, linear_strips,   combine_tokens};               \
   }
 
@@ -39,7 +39,7 @@ FOS_DECLARE_ISA(baseline)
 FOS_DECLARE_ISA(avx2)
 FOS_DECLARE_ISA(avx512)
 
-// Instructions that multiply bf16 numbers, for many tokens of these: matrix tiles (AMX) or pairs (AVX512_BF16). Tokens go
+// Instructions that multiply bf16 numbers, from a few tokens of these on: matrix tiles (AMX) or pairs (AVX512_BF16). Tokens go
 // in groups of kTileTokens, columns in steps of kTileStep.
 constexpr int64_t kTileTokens = 16, kTileStep = 32;
 namespace avx512 {

@@ -9,8 +9,8 @@
 //   by the block scale into the total. The products are exact for bf16 and fp16 (at most 13 significant bits).
 // - More bf16 tokens on a processor that multiplies bf16 (AMX, AVX512_BF16): a panel of rows is unpacked to bf16 (exact:
 //   e2m1 * E4M3 has 6 significant bits) into the second-level cache, where it is multiplied with all tokens, accumulating
-//   in fp32; for at most 16 tokens by AVX512_BF16 it need not go through memory. These instructions read subnormal bf16
-//   numbers as 0.
+//   in fp32. At most 16 tokens are multiplied by AVX512_BF16 in registers, as weights are unpacked. These instructions read
+//   subnormal bf16 numbers as 0.
 //
 // What a number of y is summed from, and in which order, does not depend on how rows and tokens share the work.
 #include "cpu.h"
@@ -335,7 +335,7 @@ void combine_tokens(const Combine& c, int64_t begin, int64_t end) {
   }
 }
 
-// --- many bf16 tokens ---
+// --- more bf16 tokens ---
 
 #if defined(__AVX512F__) && defined(__AMX_BF16__)
 
@@ -554,7 +554,7 @@ void few(const Linear& l, const uint16_t* x, int64_t strip) {
   }
 }
 
-// Strips [begin, end) for at most 16 tokens: as many at once as make 16 sums.
+// Strips [begin, end) for at most 16 tokens: as many at once as make 16 sums, but for a last one.
 void few_by_pairs(const Linear& l, const uint16_t* x, int64_t begin, int64_t end) {
   const StrictSubnormals strict;
   constexpr int kHalf = kTileTokens / 2;

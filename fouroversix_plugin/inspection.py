@@ -11,7 +11,7 @@ import torch
 
 from fouroversix_plugin import tables
 from fouroversix_plugin.checkpoint import Checkpoint, CheckpointError, LoadedCheckpoint, load_checkpoint
-from fouroversix_plugin.checkpoint.plan import LeftAlone, group_of, make_plan
+from fouroversix_plugin.checkpoint.plan import LeftAlone, group_of, ignores, make_plan
 from fouroversix_plugin.checkpoint.sources import Source
 from fouroversix_plugin.formats import Stored, quantization_block
 from fouroversix_plugin.inspection_text import inspection_text
@@ -412,7 +412,7 @@ def _with_pattern(reason: str, name: str, scheme: Scheme) -> str:
         return reason
     module = name.removesuffix(".weight")
     for pattern in scheme.ignore:
-        if any(Scheme(ignore=(pattern,)).ignores(each) for each in (module, module.rpartition(".")[0])):
+        if any(ignores(Scheme(ignore=(pattern,)), each) for each in (module, module.rpartition(".")[0])):
             return f"{reason} as {pattern}"
     return reason
 

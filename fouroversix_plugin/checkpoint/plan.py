@@ -188,7 +188,7 @@ def make_plan(source: Source, scheme: Scheme, format: str = OURS.name, max_shard
     _refuse_half_groups(groups, linear)
     _refuse_some_experts(groups, linear)
     asked = dict.fromkeys(name for alone in linear for name in _as_engines_ask(source, alone))
-    extra = tuple(name for name in asked if not _ignores(scheme, name))
+    extra = tuple(name for name in asked if not ignores(scheme, name))
     producer = {"name": "fouroversix-plugin", "version": __version__}
     return Plan(
         source,
@@ -214,7 +214,7 @@ def group_of(module: str) -> str:
     return f"{parent}.{'+'.join(siblings)}"
 
 
-def _ignores(scheme: Scheme, module: str) -> bool:
+def ignores(scheme: Scheme, module: str) -> bool:
     """Whether a linear layer is ignored by its name or, as part of an expert, by that of what holds all experts."""
     expert = _EXPERT.match(module)
     return scheme.ignores(module) or (expert is not None and scheme.ignores(expert[1]))
@@ -238,7 +238,7 @@ def _why_left_alone(
         if _ignored_as_a_whole(name, stored, scheme):
             return "in `ignore`"
         return f"not a linear weight ({len(stored.shape)}-D)"
-    ignored = [matrix.module for matrix in matrices if _ignores(scheme, matrix.module)]
+    ignored = [matrix.module for matrix in matrices if ignores(scheme, matrix.module)]
     if len(ignored) == len(matrices):
         return "in `ignore`"
     if ignored:

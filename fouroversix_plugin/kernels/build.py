@@ -265,7 +265,8 @@ def _host_compiler() -> tuple[str, ...]:
     except (argparse.ArgumentError, ValueError) as error:
         raise BuildError(f"{' or '.join(_NVCC_OPTIONS)}: {error}") from error
     if others:
-        logger.info("fouroversix: of %s only the host's compiler counts, not %s", _NVCC_OPTIONS[0], shlex.join(others))
+        names = " and ".join(_NVCC_OPTIONS)
+        logger.info("fouroversix: of %s only the host's compiler counts, not %s", names, shlex.join(others))
     options = ("-allow-unsupported-compiler",) if found.allow_unsupported_compiler else ()
     return options if found.compiler_bindir is None else (*options, "-ccbin", found.compiler_bindir)
 

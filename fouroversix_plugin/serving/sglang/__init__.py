@@ -47,9 +47,9 @@ def register() -> None:
     if warning is not None:
         logger.warning(warning)
     # Last: a name that is gone here must not cost dense models the plugin.
+    _refuse_updates()
     runner_module().register()
     add_moe_runner_backend_choices([RUNNER])
-    _refuse_updates()
 
 
 def _refuse_updates() -> None:
