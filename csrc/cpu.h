@@ -21,17 +21,18 @@ struct CpuKernels {
   void (*combine_tokens)(const Combine&, int64_t token_begin, int64_t token_end);
 };
 
-#define FOS_DECLARE_ISA(isa)                                                                      \
-  namespace isa {                                                                                 \
-  void row_amax(const Quantize&, int64_t, int64_t, float*);                                       \
-  void quantize_blocks(const Quantize&, const float*, int64_t, int64_t, int64_t);                 \
-  void decode_scales(const Recipe&, const float*, int64_t, int64_t, float*);                      \
-  void dequantize_rows(const Dequantize&, int64_t, int64_t);                                      \
-  void tokens_in_fp32(const Linear&, int64_t, int64_t, float*);                                   \
-  void linear_strips(const Linear&, const float*, int64_t, int64_t);                              \
-  void combine_tokens(const Combine&, int64_t, int64_t);                                          \
-  inline constexpr CpuKernels kernels = {row_amax,       quantize_blocks, decode_scales, dequantize_rows, \
-                                  tokens_in_fp32, linear_strips,   combine_tokens};               \
+#define FOS_DECLARE_ISA(isa)                                                              \
+  namespace isa {                                                                         \
+  void row_amax(const Quantize&, int64_t, int64_t, float*);                               \
+  void quantize_blocks(const Quantize&, const float*, int64_t, int64_t, int64_t);         \
+  void decode_scales(const Recipe&, const float*, int64_t, int64_t, float*);              \
+  void dequantize_rows(const Dequantize&, int64_t, int64_t);                              \
+  void tokens_in_fp32(const Linear&, int64_t, int64_t, float*);                           \
+  void linear_strips(const Linear&, const float*, int64_t, int64_t);                      \
+  void combine_tokens(const Combine&, int64_t, int64_t);                                  \
+  inline constexpr CpuKernels kernels = {row_amax,        quantize_blocks, decode_scales, \
+                                         dequantize_rows, tokens_in_fp32,  linear_strips, \
+                                         combine_tokens};                                 \
   }
 
 FOS_DECLARE_ISA(baseline)
@@ -39,14 +40,15 @@ FOS_DECLARE_ISA(baseline)
 FOS_DECLARE_ISA(avx2)
 FOS_DECLARE_ISA(avx512)
 
-// Instructions that multiply bf16 numbers, from a few tokens of these on: matrix tiles (AMX) or pairs (AVX512_BF16). Tokens go
-// in groups of kTileTokens, columns in steps of kTileStep.
+// Instructions that multiply bf16 numbers, from a few tokens of these on: matrix tiles (AMX) or pairs (AVX512_BF16).
+// Tokens go in groups of kTileTokens, columns in steps of kTileStep.
 constexpr int64_t kTileTokens = 16, kTileStep = 32;
 namespace avx512 {
 enum class Bf16Products { none, pairs, tiles };
 Bf16Products bf16_products();
 void tile_tokens(const Linear&, int64_t group_begin, int64_t group_end, uint16_t* out);
-// scratch holds the panel as bf16, columns rounded up to 32; it and tokens start at cache lines.
+// scratch holds the panel as bf16 (unless it goes through registers), columns rounded up to 32; it and tokens start at
+// cache lines.
 void linear_panel(const Linear&, const uint16_t* tokens, int64_t strip_begin, int64_t strip_end, uint16_t* scratch);
 }  // namespace avx512
 #endif

@@ -8,9 +8,9 @@
 // - A few tokens: within a block, x times e2m1 is summed for even and for odd columns; the sum of the two is multiplied
 //   by the block scale into the total. The products are exact for bf16 and fp16 (at most 13 significant bits).
 // - More bf16 tokens on a processor that multiplies bf16 (AMX, AVX512_BF16): a panel of rows is unpacked to bf16 (exact:
-//   e2m1 * E4M3 has 6 significant bits) into the second-level cache, where it is multiplied with all tokens, accumulating
-//   in fp32. At most 16 tokens are multiplied by AVX512_BF16 in registers, as weights are unpacked. These instructions read
-//   subnormal bf16 numbers as 0.
+//   e2m1 * E4M3 has 6 significant bits) into the second-level cache, where it is multiplied with all tokens,
+//   accumulating in fp32. AVX512_BF16 multiplies at most 16 tokens in registers, as weights are unpacked. These
+//   instructions read subnormal bf16 numbers as 0.
 //
 // What a number of y is summed from, and in which order, does not depend on how rows and tokens share the work.
 #include "cpu.h"

@@ -204,8 +204,8 @@ def run(server: Server) -> Result:
 
 
 def port_for(wanted: int | None) -> int:
-    """The wanted port if it is free, else one that is."""
-    if wanted is not None:
+    """The wanted port if it is free, else one that is; 0 wants any."""
+    if wanted:
         try:
             check_free(wanted)
         except (OSError, OverflowError) as error:

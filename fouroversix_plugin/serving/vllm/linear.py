@@ -141,8 +141,8 @@ class OnlineLinearMethod(_LinearMethod):
         check_loading(self.prefix, layer.tp_size)
         weight, columns = shape.full_precision(dtype), shape.full_columns
         checked = check_before(without_its_layer(loader), self.prefix, self._rows_of(layer), columns)
-        about = {"loader": checked, "layer": layer, "name": self.prefix, "full_columns": columns}
-        layer.register_parameter("weight", _ArrivingParameter(weight, **about))
+        parameter = _ArrivingParameter(weight, loader=checked, layer=layer, name=self.prefix, full_columns=columns)
+        layer.register_parameter("weight", parameter)
         initialize_online_processing(layer)
         self.loads_weights = loads_weights()
 
