@@ -208,6 +208,36 @@ std::tuple<Tensor, Tensor> quantize_values(Tensor x, OptionalTensor amax, Option
   return {values, decode_scale};
 }
 
+#if defined(FOS_CUDA)
+
+// As quantize_values, per token, and row m in the rows of all slots of token m: values [P, K], those of slots that count,
+// decode scales [P], and whose they are. x was there before the kernel began that wrote row_of_slot.
+std::tuple<Tensor, Tensor> gather_quantized(Tensor x, OptionalTensor amax, Tensor row_of_slot, Tensor slot_of_row,
+                                            int64_t metric, int64_t domain, bool adaptive, double encoded_amax) {
+  STD_TORCH_CHECK(is_readable(x), "x: needed contiguous and aligned to 16 bytes, or a copy comes between");
+  Inputs in = {x, amax, std::nullopt};
+  Quantize q = describe(in, false, int64_t(Scope::token), metric, domain, adaptive, encoded_amax,
+                        int64_t(Layout::row_major));
+  STD_TORCH_CHECK(q.dtype != Dtype::fp32, "x: got float32, needed bfloat16 or float16");
+  check(row_of_slot, "row_of_slot", ScalarType::Int, x);
+  check(slot_of_row, "slot_of_row", ScalarType::Int, x);
+  STD_TORCH_CHECK(row_of_slot.dim() == 2 && row_of_slot.size(0) == q.rows && row_of_slot.is_contiguous(),
+                  "row_of_slot: needed [", q.rows, ", top_k]");
+  const int64_t rows = row_of_slot.numel();
+  STD_TORCH_CHECK(slot_of_row.numel() == rows && slot_of_row.is_contiguous(), "slot_of_row: needed [", rows, "]");
+  q.row_of_slot = static_cast<const int32_t*>(row_of_slot.data_ptr());
+  q.top_k = static_cast<int>(row_of_slot.size(1));
+  q.slot_of_row = static_cast<int32_t*>(slot_of_row.data_ptr());
+  Tensor values = torch::stable::new_empty(x, {rows, q.columns}, x.scalar_type());
+  Tensor decode_scale = torch::stable::new_empty(x, {rows}, ScalarType::Float);
+  q.values = values.data_ptr();
+  q.decode_scale = static_cast<float*>(decode_scale.data_ptr());
+  run(q, x);
+  return {values, decode_scale};
+}
+
+#endif
+
 Tensor dequantize(Tensor packed, Tensor block_scale, OptionalTensor decode_scale, ScalarType dtype) {
   check(packed, "packed", ScalarType::Byte, packed);
   check(block_scale, "block_scale", ScalarType::Byte, packed);
@@ -252,11 +282,19 @@ STABLE_TORCH_LIBRARY(FOS_LIBRARY, m) {
   m.def(
       "quantize_values(Tensor x, Tensor? amax, Tensor? expert_offsets, bool gated, int scope, int metric, int domain, "
       "bool adaptive, float encoded_amax) -> (Tensor, Tensor)");
+#if defined(FOS_CUDA)
+  m.def(
+      "gather_quantized(Tensor x, Tensor? amax, Tensor row_of_slot, Tensor(a!) slot_of_row, int metric, int domain, "
+      "bool adaptive, float encoded_amax) -> (Tensor, Tensor)");
+#endif
   m.def("dequantize(Tensor packed, Tensor block_scale, Tensor? decode_scale, ScalarType dtype) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(FOS_LIBRARY, FOS_KEY, m) {
   m.impl("quantize", TORCH_BOX(&fos::quantize));
   m.impl("quantize_values", TORCH_BOX(&fos::quantize_values));
+#if defined(FOS_CUDA)
+  m.impl("gather_quantized", TORCH_BOX(&fos::gather_quantized));
+#endif
   m.impl("dequantize", TORCH_BOX(&fos::dequantize));
 }

@@ -223,10 +223,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(Tensor topk_ids, int64_
   return {row_of_slot, slot_of_row, token_of_row, blocks, in_use};
 }
 
-// Rows of x [M, K] sorted by expert: [P, K], those of slots that count; whose they are; and their scales [P], empty
-// without token_scale.
-std::tuple<Tensor, Tensor> gather(Tensor x, Tensor row_of_slot, Tensor slot_of_row, OptionalTensor topk_weights,
-                                  OptionalTensor token_scale) {
+// Rows of x [M, K] sorted by expert: [P, K], those of slots that count; and whose they are.
+Tensor gather(Tensor x, Tensor row_of_slot, Tensor slot_of_row, OptionalTensor topk_weights) {
   x = readable(x);
   cuda::Gather g = {};
   g.x = x.data_ptr();
@@ -245,18 +243,10 @@ std::tuple<Tensor, Tensor> gather(Tensor x, Tensor row_of_slot, Tensor slot_of_r
   }
   const int64_t rows = row_of_slot.numel();
   Tensor out = torch::stable::new_empty(x, {rows, g.columns}, x.scalar_type());
-  Tensor row_scale = torch::stable::new_empty(x, {token_scale.has_value() ? rows : 0}, ScalarType::Float);
   g.out = out.data_ptr();
-  if (token_scale.has_value()) {
-    check(*token_scale, "token_scale", ScalarType::Float, x);
-    STD_TORCH_CHECK(token_scale->numel() == g.tokens, "token_scale: needed one for each of ", g.tokens, " rows");
-    token_scale = torch::stable::contiguous(*token_scale);
-    g.token_scale = static_cast<const float*>(token_scale->data_ptr());
-    g.row_scale = static_cast<float*>(row_scale.data_ptr());
-  }
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   check_launch(cuda::gather(g, current_stream(x)));
-  return {out, row_scale};
+  return out;
 }
 
 // Either product of P rows sorted by expert, row i of x and of token_scale or row token_of_row[i].
@@ -337,9 +327,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fouroversix_cuda, m) {
   m.def(
       "route(Tensor topk_ids, int experts, int tokens, bool beside_kernel_before, bool gathered) -> (Tensor, Tensor, "
       "Tensor, Tensor, Tensor)");
-  m.def(
-      "gather(Tensor x, Tensor row_of_slot, Tensor(a!) slot_of_row, Tensor? topk_weights, Tensor? token_scale) -> "
-      "(Tensor, Tensor)");
+  m.def("gather(Tensor x, Tensor row_of_slot, Tensor(a!) slot_of_row, Tensor? topk_weights) -> Tensor");
   m.def(
       "multiply_gated(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, Tensor? token_scale, "
       "Tensor? token_of_row, Tensor blocks, Tensor in_use, int outputs, int activation, int tokens) -> Tensor");

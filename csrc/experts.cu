@@ -55,9 +55,9 @@ __global__ void __launch_bounds__(kRouteThreads) sort_slots(const Route r) {
     }
     read = r.slots <= kHeld * apart;
   };
-  let_kernel_after_start();
   for (int e = thread; e < r.experts; e += kRouteThreads) counts[e] = 0;
   if (!r.beside_kernel_before) wait_for_kernel_before();
+  let_kernel_after_start();  // not before: without waiting for this one, that may read what the kernel before wrote
   __syncthreads();
   for_slots([&](int, int of) {
     if (of >= 0) atomicAdd(&counts[of], 1);
@@ -103,8 +103,7 @@ __global__ void __launch_bounds__(kRouteThreads) sort_slots(const Route r) {
 }
 
 // 16 bytes of a token's row of x a thread, to the rows of all of its slots, or (z) of some: times their weights, where
-// weights are given. And whose rows those are, and their scales: so many places are faster written by all
-// multiprocessors.
+// weights are given. And whose rows those are: so many places are faster written by all multiprocessors.
 template <class Value>
 __global__ void __launch_bounds__(kCopyThreads) gather_rows(const Gather g) {
   constexpr int kEach = 8;
@@ -116,7 +115,6 @@ __global__ void __launch_bounds__(kCopyThreads) gather_rows(const Gather g) {
     const int slot = token * g.top_k + k, row = g.row_of_slot[slot];
     if (row < 0) continue;
     g.slot_of_row[row] = slot;
-    if (g.token_scale != nullptr) g.row_scale[row] = g.token_scale[token];
   }
   if (word >= words) return;
   const uint4 own = reinterpret_cast<const uint4*>(g.x)[static_cast<int64_t>(token) * words + word];

@@ -95,11 +95,9 @@ struct Gather {
   Dtype dtype;
   const int32_t* row_of_slot;  // [tokens, top_k], -1: nowhere
   const float* topk_weights;   // [tokens, top_k], or null
-  const float* token_scale;    // [tokens], or null
   int tokens, top_k, columns;
   void* out;             // [rows, columns]
   int32_t* slot_of_row;  // [rows]
-  float* row_scale;      // [rows]: the token_scale of each; where there are none, null
 };
 
 struct Combine {

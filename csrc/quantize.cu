@@ -16,7 +16,6 @@ namespace {
 
 constexpr int kThreads = 128;     // of a CTA, unless a row has more
 constexpr int kMaxThreads = 512;  // of a CTA
-constexpr int kUnit = kWarp / 2;  // threads that have one row: groups are made of such
 constexpr int kDequantizeThreads = 256;
 
 // --- rows ---
@@ -58,7 +57,7 @@ __device__ __forceinline__ Place find_expert(const Quantize& q, int64_t row) {
 }
 
 // Largest magnitude, as bits, of the blocks of a row that this thread takes. With a stash, what was read is kept there.
-template <bool gated>
+template <bool gated, bool past_l1 = false>
 __device__ __forceinline__ uint32_t own_largest(const Quantize& q, int64_t row, const Group& group, Raw* stash) {
   const void* x = input_row<gated>(q, row);
   const int blocks = static_cast<int>(q.columns / kBlock);
@@ -69,7 +68,7 @@ __device__ __forceinline__ uint32_t own_largest(const Quantize& q, int64_t row, 
     Raw raw[kAhead];
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) {
-      raw[j] = read<gated>(x, min(first + j * group.threads, blocks - 1), blocks);  // the last one again does no harm
+      raw[j] = read<gated, past_l1>(x, min(first + j * group.threads, blocks - 1), blocks);  // the last one again does no harm
     }
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) {
@@ -88,11 +87,11 @@ __device__ __forceinline__ uint32_t largest_of(int threads, uint32_t found) {
   return found;
 }
 
-template <bool gated>
+template <bool gated, bool past_l1>
 __device__ __forceinline__ uint32_t find_amax(const Quantize& q, int64_t row, const Group& group, Raw* stash) {
   __shared__ uint32_t largest[kMaxThreads / kUnit];
   const int part = group.threads % kWarp == 0 ? kWarp : kUnit;
-  const uint32_t found = largest_of(part, own_largest<gated>(q, row, group, stash));
+  const uint32_t found = largest_of(part, own_largest<gated, past_l1>(q, row, group, stash));
   if (group.threads == part) {
     __syncwarp();  // for the stash
     return found;
@@ -123,10 +122,11 @@ __device__ __forceinline__ T of_thread(int lane, T own) {
 }
 
 // One row a group, or a part of it. `amax` is q.amax, or what the pass before found.
-template <Metric metric, bool adaptive, bool gated, bool as_values>
-__global__ void __maxnreg__((registers<gated, as_values>()))
+template <Metric metric, bool adaptive, bool gated, Result result>
+__global__ void __maxnreg__((registers<gated, result>()))
     quantize_rows(const __grid_constant__ Quantize q, const float* amax, const Shape shape) {
-  using Rounded = std::conditional_t<as_values, Numbers, Codes>;
+  constexpr bool kOfSlots = result == Result::values_of_slots;
+  using Rounded = std::conditional_t<result == Result::codes, Codes, Numbers>;
   extern __shared__ uint4 stashes[];
   const Group group = group_of_thread(shape.group);
   const int64_t index = int64_t(blockIdx.x) * shape.groups + group.slot;
@@ -137,14 +137,17 @@ __global__ void __maxnreg__((registers<gated, as_values>()))
   if (gated && shape.stash != 0) {
     stash = reinterpret_cast<Raw*>(reinterpret_cast<char*>(stashes) + group.slot * shape.stash);
   }
-  wait_for_kernel_before();
-  let_kernel_after_start();
+  const auto wait = [] {
+    wait_for_kernel_before();
+    let_kernel_after_start();
+  };
+  if (!kOfSlots || amax != nullptr) wait();
 
   Place place = {0, row};
   uint32_t row_amax = 0;
   if (q.scope == Scope::token) {
     if (!__any_sync(~0u, inside)) return;
-    row_amax = amax == nullptr ? find_amax<gated>(q, row, group, stash)
+    row_amax = amax == nullptr ? find_amax<gated, kOfSlots>(q, row, group, stash)
                                : bits<uint32_t>(amax[q.amax_is_shared ? 0 : row]);
   } else if (q.scope == Scope::expert) {
     place = find_expert(q, inside ? row : -1);
@@ -159,27 +162,32 @@ __global__ void __maxnreg__((registers<gated, as_values>()))
   }
   const GlobalScales global = global_scales(bits<float>(row_amax), q.recipe.encoded_amax);
   const Row shared = row_of(global);
-  if (group.lane == 0 && blockIdx.y == 0) {
-    if (q.scope == Scope::token && inside) q.decode_scale[row] = stored_decode_scale(global);
-    if (q.scope == Scope::tensor && index == 0) q.decode_scale[0] = stored_decode_scale(global);
+  if constexpr (kOfSlots) wait();
+  if (q.scope == Scope::token && inside && blockIdx.y == 0) {
+    write_decode_scale<result>(q, row, stored_decode_scale(global), group.lane, group.threads);
+  }
+  if (q.scope == Scope::tensor && index == 0 && group.lane == 0 && blockIdx.y == 0) {
+    q.decode_scale[0] = stored_decode_scale(global);
   }
   if (!__any_sync(~0u, inside)) return;
 
   const int blocks = static_cast<int>(q.columns / kBlock);
   const void* x = input_row<gated>(q, row);
-  const Target to = target_of(q, row, place.scale_row, blocks, shape.scale_stride);
+  const Target to = target_of<result>(q, row, place.scale_row, blocks, shape.scale_stride);
   const int part = (blocks + shape.parts - 1) / shape.parts, begin = static_cast<int>(blockIdx.y) * part;
   const int end = inside ? min(blocks, begin + part) : 0;
   // Whole warps, for settle.
   for (int first = 0; first < part; first += group.threads) {
     const int block = begin + first + group.lane;
     bool open = false;
+    Raw raw = {};
+    Chosen<Rounded> chosen = {};
     if (block < end) {
-      Raw raw = gated && stash != nullptr ? load(stash, block) : read<gated>(x, block, blocks);
-      Chosen<Rounded> chosen;
+      raw = gated && stash != nullptr ? load(stash, block) : read<gated>(x, block, blocks);
       open = !choose<metric, adaptive>(shared, raw, chosen);
-      if (!open) write(to, block, chosen, raw);
+      if (!kOfSlots && !open) write(to, block, chosen, raw);
     }
+    if constexpr (kOfSlots) write_to_slots(to, block, end, chosen, raw);
     for (uint32_t left = __ballot_sync(~0u, open); left != 0; left &= left - 1) {
       const int lane = __ffs(left) - 1;
       Row its = shared;
@@ -187,13 +195,15 @@ __global__ void __maxnreg__((registers<gated, as_values>()))
       its.encode = of_thread(lane, shared.encode);
       its.decode = of_thread(lane, shared.decode);
       Target its_target = to;
-      if constexpr (as_values) {
+      if constexpr (result == Result::values) {
         its_target.values = of_thread(lane, to.values);
+      } else if constexpr (result == Result::values_of_slots) {
+        its_target.row_of_slot = of_thread(lane, to.row_of_slot);
       } else {
         its_target.packed = of_thread(lane, to.packed);
         its_target.scales = of_thread(lane, to.scales);
       }
-      settle<metric, adaptive, gated, as_values>(q, its, of_thread(lane, x), gated ? of_thread(lane, stash) : nullptr,
+      settle<metric, adaptive, gated, result>(q, its, of_thread(lane, x), gated ? of_thread(lane, stash) : nullptr,
                                                  of_thread(lane, block), its_target);
     }
   }
@@ -244,16 +254,26 @@ struct Kernels {
   void (*few_rows)(Quantize, int);
 };
 
-template <Metric metric, bool adaptive, bool gated, bool as_values>
-constexpr Kernels kKernels = {quantize_rows<metric, adaptive, gated, as_values>,
-                              quantize_few_rows<metric, adaptive, gated, as_values>};
+template <Metric metric, bool adaptive, bool gated, Result result>
+constexpr Kernels kKernels = {quantize_rows<metric, adaptive, gated, result>,
+                              quantize_few_rows<metric, adaptive, gated, result>};
 
-template <bool gated, bool as_values>
+template <bool gated, Result result>
 Kernels kernels_of(const Recipe& recipe) {
-  if (!recipe.adaptive) return kKernels<Metric::mse, false, gated, as_values>;
-  if (recipe.metric == Metric::mse) return kKernels<Metric::mse, true, gated, as_values>;
-  if (recipe.metric == Metric::mae) return kKernels<Metric::mae, true, gated, as_values>;
-  return kKernels<Metric::abs_max, true, gated, as_values>;
+  if (!recipe.adaptive) return kKernels<Metric::mse, false, gated, result>;
+  if (recipe.metric == Metric::mse) return kKernels<Metric::mse, true, gated, result>;
+  if (recipe.metric == Metric::mae) return kKernels<Metric::mae, true, gated, result>;
+  return kKernels<Metric::abs_max, true, gated, result>;
+}
+
+Kernels kernels_of(const Quantize& q) {
+  if (q.values == nullptr) {
+    return q.gated ? kernels_of<true, Result::codes>(q.recipe) : kernels_of<false, Result::codes>(q.recipe);
+  }
+  if constexpr (kDtype != Dtype::fp32) {  // which no product takes
+    if (q.row_of_slot != nullptr) return kernels_of<false, Result::values_of_slots>(q.recipe);
+  }
+  return q.gated ? kernels_of<true, Result::values>(q.recipe) : kernels_of<false, Result::values>(q.recipe);
 }
 
 // With many rows a thread takes as many blocks as leave the rows in flight in the L1 between finding their amax and
@@ -294,9 +314,7 @@ bool is_hopper_or_later() {
 }  // namespace
 
 cudaError_t FOS_ENTRY(quantize)(const Quantize& q, float* workspace, cudaStream_t stream) {
-  const Kernels kernels =
-      q.gated ? (q.values ? kernels_of<true, true>(q.recipe) : kernels_of<true, false>(q.recipe))
-              : (q.values ? kernels_of<false, true>(q.recipe) : kernels_of<false, false>(q.recipe));
+  const Kernels kernels = kernels_of(q);
   const Cluster cluster = cluster_of(q);
   if (cluster.ctas > 0 && is_hopper_or_later()) {
     const dim3 grid(static_cast<unsigned>(cluster.ctas), static_cast<unsigned>(q.rows));

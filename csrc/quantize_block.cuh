@@ -44,15 +44,19 @@ namespace {
 
 constexpr Dtype kDtype = Dtype::FOS_DTYPE;
 constexpr int kWarp = 32;
+constexpr int kUnit = kWarp / 2;  // threads that have one row: groups are made of such
 constexpr int64_t kMultiprocessors = 132, kResidentThreads = kMultiprocessors * 32 * kWarp;  // of an H200
 
+// What is written: codes and block scales; their products; or those, to the rows of all of a token's slots.
+enum class Result { codes, values, values_of_slots };
+
 // Registers of a thread: as few as nothing is spilled with. 64 make room for 32 warps on a multiprocessor, 80 for 24.
-template <bool gated, bool as_values>
+template <bool gated, Result result>
 __host__ __device__ constexpr int registers() {
 #if defined(FOS_NATIVE_E2M1)
-  if (kDtype != Dtype::fp32 && !gated && !as_values) return 64;
+  if (kDtype != Dtype::fp32 && !gated && result == Result::codes) return 64;
 #elif defined(FOS_NATIVE_FP8)
-  if (kDtype != Dtype::fp32 && !gated) return as_values ? 80 : 64;
+  if (kDtype != Dtype::fp32 && !gated) return result == Result::codes ? 64 : 80;
 #endif
   return 96;
 }
@@ -86,12 +90,14 @@ struct Raw {
 
 constexpr uint32_t kSigns = kDtype == Dtype::fp32 ? kSign : 0x80008000u;  // of a word
 
+// `past_l1`: the first-level cache may hold what was there before, until the kernel before is waited for.
+template <bool past_l1 = false>
 __device__ __forceinline__ Raw load(const void* x, int block) {
   Raw raw;
   const uint4* from = static_cast<const uint4*>(x) + block * (Raw::kWords / 4);
 #pragma unroll
   for (int i = 0; i < Raw::kWords / 4; ++i) {
-    const uint4 part = from[i];
+    const uint4 part = past_l1 ? __ldcg(from + i) : from[i];
     raw.word[4 * i] = part.x, raw.word[4 * i + 1] = part.y, raw.word[4 * i + 2] = part.z, raw.word[4 * i + 3] = part.w;
   }
   return raw;
@@ -184,9 +190,9 @@ __device__ __forceinline__ void sign_bytes(const Raw& raw, int first, uint32_t& 
 }
 
 // What is quantized of a row: its values, or silu(gate) * up rounded to their type.
-template <bool gated>
+template <bool gated, bool past_l1 = false>
 __device__ __forceinline__ Raw read(const void* row, int block, int blocks) {
-  if constexpr (!gated) return load(row, block);
+  if constexpr (!gated) return load<past_l1>(row, block);
   float gate[kBlock], up[kBlock];
   unpack(load(row, block), gate);
   unpack(load(row, blocks + block), up);
@@ -484,20 +490,40 @@ struct Target {
   uint2* packed;       // a block each
   uint8_t* scales;     // in every layout four lie together, and the next four at a fixed distance; null: nowhere
   int scale_stride;    // that distance
-  Raw* values;         // a block each
+  Raw* values;         // a block each; of slots, those of the first row
+  const int32_t* row_of_slot;  // of the slots that get it
+  int slots, blocks;           // how many; of a row
 };
 
 // From the scales of four blocks to those of the next four.
 int scale_stride(const Quantize& q) { return 4 * static_cast<int>(tile_rows(q.layout)); }
 
+template <Result result>
 __device__ __forceinline__ Target target_of(const Quantize& q, int64_t row, int64_t scale_row, int blocks,
                                             int scale_stride) {
+  const bool of_slots = result == Result::values_of_slots;
   Target to = {reinterpret_cast<uint2*>(q.packed) + row * blocks, nullptr, scale_stride,
-               static_cast<Raw*>(q.values) + row * blocks};
+               static_cast<Raw*>(q.values) + (of_slots ? 0 : row * blocks), q.row_of_slot + row * q.top_k, q.top_k,
+               blocks};
   if (scale_row >= 0) {
     to.scales = q.block_scale + scale_offset(q.layout, scale_row, 0, padded_scale_columns(q.layout, blocks));
   }
   return to;
+}
+
+// Calls `use` with the row of each slot that has one; several are read before the first is used.
+template <class Use>
+__device__ __forceinline__ void for_rows(const Target& to, Use use) {
+  constexpr int kAtOnce = 8;
+  for (int first = 0; first < to.slots; first += kAtOnce) {
+    int row[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) row[i] = first + i < to.slots ? to.row_of_slot[first + i] : -1;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (row[i] >= 0) use(row[i]);
+    }
+  }
 }
 
 __device__ __forceinline__ void write_scale(const Target& to, int block, uint32_t byte) {
@@ -513,9 +539,56 @@ __device__ __forceinline__ void write(const Target& to, int block, const Chosen<
   store(to.values, block, values_of(chosen, raw));
 }
 
+// To the rows of slots, by the whole warp, each half of which has blocks that lie together in memory: those below `end` are
+// written. A store has 16 bytes a thread, in the order of memory: so many stores are slow if each fills half of a sector.
+__device__ __forceinline__ void write_to_slots(const Target& to, int block, int end, const Chosen<Numbers>& chosen,
+                                               const Raw& raw) {
+  const Raw values = values_of(chosen, raw);
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, of_half = lane % kUnit;
+  uint4 part[2];
+  int unit[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int from = i * kUnit / 2 + of_half / 2;  // of the half, whose block the part is of
+    uint32_t word[4];
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      const uint32_t low = __shfl_sync(~0u, values.word[w], from, kUnit);
+      const uint32_t high = __shfl_sync(~0u, values.word[4 + w], from, kUnit);
+      word[w] = lane % 2 == 0 ? low : high;
+    }
+    part[i] = make_uint4(word[0], word[1], word[2], word[3]);
+    unit[i] = block - of_half + from < end ? 2 * (block - of_half + from) + lane % 2 : -1;
+  }
+  for_rows(to, [&](int row) {
+    uint4* values_of_row = reinterpret_cast<uint4*>(to.values + static_cast<int64_t>(row) * to.blocks);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (unit[i] >= 0) values_of_row[unit[i]] = part[i];
+    }
+  });
+  __syncwarp();  // before some are settled
+}
+
+// The scale of a row for all that read it, by the threads that have the row.
+template <Result result>
+__device__ __forceinline__ void write_decode_scale(const Quantize& q, int64_t row, float scale, int thread, int threads) {
+  if constexpr (result != Result::values_of_slots) {
+    if (thread == 0) q.decode_scale[row] = scale;
+  } else {
+    for (int k = thread; k < q.top_k; k += threads) {
+      const int64_t slot = row * q.top_k + k;
+      const int to = q.row_of_slot[slot];
+      if (to < 0) continue;
+      q.decode_scale[to] = scale;
+      q.slot_of_row[to] = static_cast<int32_t>(slot);
+    }
+  }
+}
+
 // A block that the filter leaves open, by the specification: the whole warp, a lane for each value and candidate, and
 // written by it. Together because such a block is rare: alone, one lane would keep 31 waiting for ten times as long.
-template <Metric metric, bool adaptive, bool gated, bool as_values>
+template <Metric metric, bool adaptive, bool gated, Result to_write>
 __device__ __forceinline__ void settle(const Quantize& q, const Row& row, const void* x, const Raw* stash, int block,
                                        const Target& to) {
   const int lane = threadIdx.x % kWarp, i = lane % kBlock, at = block * kBlock + i;
@@ -538,14 +611,21 @@ __device__ __forceinline__ void settle(const Quantize& q, const Row& row, const 
     sf = __shfl_sync(~0u, sf, four_wins ? kBlock : 0);
   }
   const bool whole = is_finite(v);
-  if constexpr (as_values) {
+  if constexpr (to_write != Result::codes) {
     const float product = bits<float>(bits<uint32_t>(r * sf) | (bits<uint32_t>(value) & kSign));
     const float result = whole ? product : bits<float>(0x7FC00000u);
     if (lane >= kBlock) return;
-    if constexpr (kDtype == Dtype::fp32) {
-      reinterpret_cast<float*>(to.values)[at] = result;
+    const auto put = [&](int64_t index) {
+      if constexpr (kDtype == Dtype::fp32) {
+        reinterpret_cast<float*>(to.values)[index] = result;
+      } else {
+        reinterpret_cast<uint16_t*>(to.values)[index] = kDtype == Dtype::bf16 ? bf16_bits(result) : fp16_bits(result);
+      }
+    };
+    if constexpr (to_write == Result::values) {
+      put(at);
     } else {
-      reinterpret_cast<uint16_t*>(to.values)[at] = kDtype == Dtype::bf16 ? bf16_bits(result) : fp16_bits(result);
+      for_rows(to, [&](int to_row) { put(static_cast<int64_t>(to_row) * to.blocks * kBlock + at); });
     }
   } else {
     const uint32_t code = whole ? (e2m1_code(r) | bits<uint32_t>(value) >> 31 << 3) << 4 * (i % 8) : 0u;

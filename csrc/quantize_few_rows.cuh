@@ -65,11 +65,12 @@ __device__ __forceinline__ uint32_t largest_of_cluster(Exchange& exchange, int w
 
 // Per token, one block a thread, in registers while a cluster of CTAs finds the amax of its row: with too few rows to
 // fill the chip, a call takes as long as one thread does. (gridDim.x is the cluster, blockIdx.y the row.)
-template <Metric metric, bool adaptive, bool gated, bool as_values>
-__global__ void __maxnreg__((registers<gated, as_values>()))
+template <Metric metric, bool adaptive, bool gated, Result result>
+__global__ void __maxnreg__((registers<gated, result>()))
     quantize_few_rows(const __grid_constant__ Quantize q, const int scale_stride) {
 #if defined(FOS_HOPPER_OR_LATER)
-  using Rounded = std::conditional_t<as_values, Numbers, Codes>;
+  using Rounded = std::conditional_t<result == Result::codes, Codes, Numbers>;
+  constexpr bool kOfSlots = result == Result::values_of_slots;
   __shared__ Exchange exchange;
   const int warps = static_cast<int>(gridDim.x * blockDim.x) / kWarp;
   open_exchange(exchange, warps);
@@ -77,23 +78,28 @@ __global__ void __maxnreg__((registers<gated, as_values>()))
   const int blocks = static_cast<int>(q.columns / kBlock);
   const int block = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   const void* x = input_row<gated>(q, row);
-  const Target to = target_of(q, row, row, blocks, scale_stride);
-  // Up to here the kernel before may still run.
-  wait_for_kernel_before();
-  let_kernel_after_start();  // not before: CTAs of several calls would crowd on some multiprocessors
-  Raw raw = read<gated>(x, min(block, blocks - 1), blocks);  // the last one again does no harm
+  const Target to = target_of<result>(q, row, row, blocks, scale_stride);
+  // Up to the waiting the kernel before may still run.
+  const auto wait = [] {
+    wait_for_kernel_before();
+    let_kernel_after_start();  // not before: CTAs of several calls would crowd on some multiprocessors
+  };
+  if constexpr (!kOfSlots) wait();
+  Raw raw = read<gated, kOfSlots>(x, min(block, blocks - 1), blocks);  // the last one again does no harm
   const uint32_t amax = largest_of_cluster(exchange, warps, largest_bits(larger_magnitudes(raw)));
   const GlobalScales global = global_scales(bits<float>(amax), q.recipe.encoded_amax);
-  if (block == 0) q.decode_scale[row] = stored_decode_scale(global);
   const Row shared = row_of(global);
-  bool open = false;
-  if (block < blocks) {
-    Chosen<Rounded> chosen;
-    open = !choose<metric, adaptive>(shared, raw, chosen);
-    if (!open) write(to, block, chosen, raw);
+  Chosen<Rounded> chosen = {};
+  const bool inside = block < blocks, open = inside && !choose<metric, adaptive>(shared, raw, chosen);
+  if constexpr (kOfSlots) wait();
+  write_decode_scale<result>(q, row, stored_decode_scale(global), block, static_cast<int>(gridDim.x * blockDim.x));
+  if constexpr (kOfSlots) {
+    write_to_slots(to, block, blocks, chosen, raw);
+  } else if (inside && !open) {
+    write(to, block, chosen, raw);
   }
   for (uint32_t left = __ballot_sync(~0u, open); left != 0; left &= left - 1) {
-    settle<metric, adaptive, gated, as_values>(q, shared, x, nullptr, block / kWarp * kWarp + __ffs(left) - 1, to);
+    settle<metric, adaptive, gated, result>(q, shared, x, nullptr, block / kWarp * kWarp + __ffs(left) - 1, to);
   }
 #endif
 }

@@ -3,6 +3,8 @@
 See products.py for the bounds. GPU cases are run by hand, not in CI.
 """
 
+import math
+
 import pytest
 import torch
 from conftest import assert_same_tensor, calc_diff, mean_ratio
@@ -56,9 +58,11 @@ def check(what: str, y: Tensor, expected: Expected, hidden: int) -> None:
     near to a midpoint that they are rounded the other way."""
     assert_within(what, y, expected)
     # Tensor cores drop what lies below the last place of a sum, with every 16 columns: a share of gates and of ups is
-    # rounded the other way, by a unit, whose square is 12 times that of a rounding.
-    dropped = hidden / 16 * 2.0**-24
-    assert_rounded_once(what, y, expected, more=0.2 + 2 * 12 * dropped / torch.finfo(y.dtype).eps)
+    # rounded the other way, by a unit, whose square is 12 times that of a rounding. Few such numbers vary in their sum;
+    # and they are few where few tokens, those of experts with the largest scales, make up the mean.
+    share = 2 * (hidden / 16 * 2.0**-24) / torch.finfo(y.dtype).eps
+    otherwise = share * expected.columns * max(len(y) / 8, 1)
+    assert_rounded_once(what, y, expected, more=0.2 + 12 * share * (1 + 5 / math.sqrt(max(otherwise, 1))))
 
 
 # --- of the checks ---

@@ -10,6 +10,7 @@ import torch
 from conftest import assert_same_tensor, repeated
 from products import (
     ON_CUDA,
+    PLAIN,
     assert_within,
     expected_experts,
     expected_linear,
@@ -24,7 +25,7 @@ from products import (
 from torch import Tensor
 
 from fouroversix_plugin import reference
-from fouroversix_plugin.kernels import build, hopper, ops
+from fouroversix_plugin.kernels import build, hopper, native, ops
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
 from fouroversix_plugin.recipe import Recipe
 
@@ -108,12 +109,17 @@ def test_tiles_of_experts_change_a_result(
 
 @pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("rows", [1, 48, 1000])
-def test_rows_are_sorted_by_ids_that_are_not_there_yet(rows: int, captured: bool) -> None:
+@pytest.mark.parametrize("last", ["ids", "x"])
+def test_experts_read_what_is_not_there_yet(last: str, rows: int, captured: bool) -> None:
     E, top_k, H, inner = 16, 4, 512, 192
     g = generator("cuda", "late", rows)
     held = ops.prepare_experts(*random_experts(E, H, inner, g), torch.bfloat16)
     given = [(random_x(rows, H, torch.bfloat16, g), *routing(rows, E, top_k, g)) for _ in range(3)]
-    expected = [ops.moe(x, *held, weights, ids, Recipe(), "silu", False) for x, weights, ids in given]
+    if last == "x":  # of a kernel that lets the next one start before it has ended
+        made = [(native.quantize_values(x, PLAIN, None, False)[0], *others) for x, *others in given]
+    else:
+        made = given
+    expected = [ops.moe(x, *held, weights, ids, Recipe(), "silu", False) for x, weights, ids in made]
     now = [torch.empty_like(tensor) for tensor in given[0]]
 
     def calls() -> list[Tensor]:
@@ -122,7 +128,8 @@ def test_rows_are_sorted_by_ids_that_are_not_there_yet(rows: int, captured: bool
             torch.cuda._sleep(100_000)
             for to, tensor in zip(now, tensors, strict=True):  # ids last
                 torch.add(tensor, 0, out=to)
-            found.append(ops.moe(now[0], *held, now[1], now[2], Recipe(), "silu", False))
+            x = native.quantize_values(now[0], PLAIN, None, False)[0] if last == "x" else now[0]
+            found.append(ops.moe(x, *held, now[1], now[2], Recipe(), "silu", False))
         return found
 
     for found in repeated(calls, captured):
@@ -141,8 +148,7 @@ def test_a_slot_is_lost_or_lies_among_those_of_another_expert(tokens: int, exper
     kernels = torch.ops.fouroversix_cuda
     row_of_slot, slot_of_row, token_of_row, blocks, in_use = kernels.route(ids, experts, most, False, gathered)
     x = torch.randn(tokens, 48, generator=g, device="cuda", dtype=torch.bfloat16)
-    scale = torch.rand(tokens, generator=g, device="cuda")
-    rows_of_x, row_scale = kernels.gather(x, row_of_slot, slot_of_row, None, scale) if gathered else (None, None)
+    rows_of_x = kernels.gather(x, row_of_slot, slot_of_row, None) if gathered else None
     block_count, count = in_use.tolist()
     counts = (ids >= 0) & (ids < experts)
     assert count == int(counts.sum())
@@ -158,9 +164,35 @@ def test_a_slot_is_lost_or_lies_among_those_of_another_expert(tokens: int, exper
     assert torch.equal(torch.bincount(expert, minlength=experts), needed)
     if gathered:
         assert torch.equal(rows_of_x[:count], x[slots // top_k])
-        assert torch.equal(row_scale[:count], scale[slots // top_k])
     else:
         assert torch.equal(token_of_row[:count], (slots // top_k).int())
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(metric="mae"), Recipe(metric="abs_max"), PLAIN], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("static", [False, True])
+# A cluster a row, and more rows than that is for; of more slots than are written at once.
+@pytest.mark.parametrize(("tokens", "top_k"), [(1, 8), (200, 3), (200, 11), (300, 8), (3000, 11)])
+def test_a_row_quantized_for_its_slots_is_another(
+    tokens: int, top_k: int, static: bool, dtype: torch.dtype, recipe: Recipe
+) -> None:
+    columns, experts = 2064, 64
+    g = generator("cuda", "quantized for slots", tokens, top_k)
+    x = torch.randn(tokens, columns, generator=g, device="cuda", dtype=dtype)
+    x[::2] = torch.randint(-24, 25, (len(x[::2]), columns), generator=g, device="cuda").to(dtype) / 4  # ties
+    x[0, :16] = 0
+    x[-1, 5] = torch.nan
+    amax = torch.tensor(3.0, device="cuda") if static else None
+    ids = torch.randint(-1, experts + 1, (tokens, top_k), generator=g, device="cuda", dtype=torch.int32)
+    row_of_slot, slot_of_row, _, _, in_use = torch.ops.fouroversix_cuda.route(ids, experts, 64, False, True)
+    found, scale = native.gather_quantized(x, recipe, amax, row_of_slot, slot_of_row)
+    values, token_scale = native.quantize_values(x, recipe, amax, False)
+    count = int(in_use[1])
+    slots = slot_of_row[:count].long()
+    assert torch.equal(slots.sort().values, ((ids >= 0) & (ids < experts)).flatten().nonzero().flatten())
+    assert torch.equal(row_of_slot.flatten()[slots], torch.arange(count, device="cuda").int())
+    assert_same_tensor("values", found[:count], values[slots // top_k])
+    assert_same_tensor("scales", scale[:count], token_scale[slots // top_k])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -181,7 +213,7 @@ def test_the_pinned_silu_of_a_gate_is_another_number(tokens: int, dtype: torch.d
     few = tokens == 8
     row_of_slot, slot_of_row, token_of_row, blocks, in_use = kernels.route(ids, 1, tokens, False, not few)
     inner = kernels.multiply_gated(
-        x if few else kernels.gather(x, row_of_slot, slot_of_row, None, None)[0],
+        x if few else kernels.gather(x, row_of_slot, slot_of_row, None),
         held.weight, held.block_scale, held.decode_scale, None, token_of_row if few else None,
         blocks, in_use, 16, hopper._PINNED_SILU, tokens,
     )  # fmt: skip

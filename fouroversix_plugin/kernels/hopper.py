@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Final, get_args
+from typing import Final, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -126,32 +126,64 @@ def moe(
     topk_ids, topk_weights = topk_ids.contiguous(), topk_weights.float()
     on_input = apply_router_weight_on_input
     tokens = _rows_of_a_tile(topk_ids.numel(), experts, hidden, half)
-    # Quantizing x reads no id, and waits for what wrote them: rows can be sorted meanwhile. But not where it reads a
-    # copy of x: that memory may already be what sorting writes to.
-    token_scale, beside = None, False
-    if quantizes := activations is not None and not on_input:
-        beside = x.is_contiguous() and x.data_ptr() % 16 == 0
-        x, token_scale = native.quantize_values(x, activations, input_amax, False)
-    gathers = tokens > _FEW_ROWS or on_input
-    row_of_slot, slot_of_row, token_of_row, blocks, in_use = kernels.route(topk_ids, experts, tokens, beside, gathers)
-    if gathers:
-        x, row_scale = kernels.gather(x, row_of_slot, slot_of_row, topk_weights if on_input else None, token_scale)
-        token_scale, token_of_row = row_scale if quantizes else None, None
-    if activations is not None and on_input:
-        x, token_scale = native.quantize_values(x, activations, input_amax, False)
+    on_rows = topk_weights if on_input else None
+    rows, blocks, in_use = _sort_by_expert(x, topk_ids, on_rows, experts, tokens, activations, input_amax)
     pinned = activations is not None and activation == "silu"
     gating = _PINNED_SILU if pinned else _ACTIVATIONS.index(activation)
     inner = kernels.multiply_gated(
-        x, w13, w13_block_scale, w13_decode_scale, token_scale, token_of_row, blocks, in_use, half, gating, tokens
-    )
+        rows.x, w13, w13_block_scale, w13_decode_scale, rows.token_scale, rows.token_of_row, blocks, in_use, half,
+        gating, tokens,
+    )  # fmt: skip
     inner_scale = None
     if activations is not None:
         inner, inner_scale = native.quantize_values(inner, activations, inner_amax, False)
     products = kernels.multiply_experts(
-        inner, w2, w2_block_scale, w2_decode_scale, inner_scale, slot_of_row, blocks, in_use, hidden, tokens
+        inner, w2, w2_block_scale, w2_decode_scale, inner_scale, rows.slot_of_row, blocks, in_use, hidden, tokens
     )
     out: Tensor = kernels.combine(products, None if on_input else topk_weights, topk_ids, experts, x.dtype)
     return out
+
+
+class _Rows(NamedTuple):
+    """What experts multiply: P rows, sorted by expert."""
+
+    x: Tensor  # [P, K], or [M, K] with token_of_row
+    token_scale: Tensor | None  # of the rows of x
+    token_of_row: Tensor | None  # [P]: row of x
+    slot_of_row: Tensor  # [P]
+
+
+def _sort_by_expert(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor | None,
+    experts: int,
+    tokens: int,
+    activations: Recipe | None,
+    input_amax: Tensor | None,
+) -> tuple[_Rows, Tensor, Tensor]:
+    """Rows of x by the expert of each slot, times ``topk_weights`` where given, quantized; blocks of at most ``tokens``
+    of them, and how many blocks and rows there are.
+
+    Quantizing x and sorting slots read nothing of each other's: whichever is launched second runs beside the first. So
+    x must not be a copy that is freed, and its memory written to, between the two.
+    """
+    kernels = torch.ops.fouroversix_cuda
+    if not (x.is_contiguous() and x.data_ptr() % 16 == 0):
+        x = x.clone(memory_format=torch.contiguous_format)
+    if tokens <= _FEW_ROWS and topk_weights is None:
+        values, scale = (x, None) if activations is None else native.quantize_values(x, activations, input_amax, False)
+        beside = activations is not None
+        _, slot_of_row, token_of_row, blocks, in_use = kernels.route(topk_ids, experts, tokens, beside, False)
+        return _Rows(values, scale, token_of_row, slot_of_row), blocks, in_use
+    row_of_slot, slot_of_row, _, blocks, in_use = kernels.route(topk_ids, experts, tokens, False, True)
+    if activations is not None and topk_weights is None:
+        values, scale = native.gather_quantized(x, activations, input_amax, row_of_slot, slot_of_row)
+    else:
+        values, scale = kernels.gather(x, row_of_slot, slot_of_row, topk_weights), None
+        if activations is not None:
+            values, scale = native.quantize_values(values, activations, input_amax, False)
+    return _Rows(values, scale, None, slot_of_row), blocks, in_use
 
 
 def _rows_of_a_tile(slots: int, experts: int, *columns: int) -> int:

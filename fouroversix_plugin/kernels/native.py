@@ -49,6 +49,20 @@ def quantize_values(x: Tensor, recipe: Recipe, amax: Tensor | None, gated: bool)
     return out
 
 
+def gather_quantized(
+    x: Tensor, recipe: Recipe, amax: Tensor | None, row_of_slot: Tensor, slot_of_row: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What :func:`quantize_values` makes of row m, in rows row_of_slot[m] (int32 [M, top_k]; -1: nowhere).
+
+    On CUDA devices. x, contiguous and at a multiple of 16 bytes, is read before the kernel before has ended: that wrote
+    row_of_slot, and began after x was there. Whose rows those are goes to slot_of_row (int32 [M * top_k]).
+    """
+    out: tuple[Tensor, Tensor] = torch.ops.fouroversix_cuda.gather_quantized(
+        x, amax, row_of_slot, slot_of_row, *_taken_apart(recipe)
+    )
+    return out
+
+
 def dequantize(packed: Tensor, block_scale: Tensor, decode_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """[..., M, K] from block scales as bytes and a decode scale per row, or none for e2m1 * block_scale."""
     out: Tensor = _of(packed).dequantize(packed, block_scale, decode_scale, dtype)

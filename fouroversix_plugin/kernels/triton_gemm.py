@@ -11,6 +11,7 @@ is tuned by timing, and a row's result does not depend on the rows beside it, no
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 from dataclasses import dataclass
 from types import ModuleType
@@ -49,7 +50,17 @@ def _stored_scales() -> tuple[list[int], list[int]]:
     return [stored[byte] for byte in range(256)], [sorted(stored, key=stored.__getitem__)[byte] for byte in range(256)]
 
 
-_STORED_SCALE, _E4M3_SCALE = _stored_scales()
+@functools.cache
+def _scale_tables(device: str) -> tuple[Tensor, Tensor]:
+    """Those of :func:`_stored_scales` in the host's memory, for devices of a type."""
+    stored, e4m3 = (torch.tensor(t, dtype=torch.uint8, pin_memory=device == "cuda") for t in _stored_scales())
+    return stored, e4m3
+
+
+def _on(device: torch.device, table: Tensor) -> Tensor:
+    # From pinned memory nothing waits, and a graph can hold the copy. No table is kept on a GPU: engines that sleep
+    # take its memory back.
+    return table.to(device, non_blocking=True)
 
 
 def prepare(packed: Tensor, block_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,7 +84,7 @@ def prepare(packed: Tensor, block_scale: Tensor) -> tuple[Tensor, Tensor]:
     for plane in range(_PLANES):
         pairs = codes[..., plane, :]
         words |= _to_plane(torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(-2).int(), plane)
-    scales = torch.tensor(_STORED_SCALE, dtype=torch.uint8, device=packed.device)[block_scale.int()]
+    scales = _on(packed.device, _scale_tables(packed.device.type)[0])[block_scale.int()]
     scales = F.pad(scales, (0, columns // BLOCK_SIZE, 0, rows)).unflatten(-1, (-1, 2, 4))  # [..., N, C, 2, 4]
     scales = scales.contiguous().view(torch.int32).squeeze(-1)  # [..., N, C, 2]
     words, scales = (t.unflatten(-3, (-1, _STRIP_ROWS)) for t in (words, scales))  # [..., S, 64, C, 16 or 2]
@@ -93,8 +104,8 @@ def restore(weight: Tensor, block_scale: Tensor, rows: int, columns: int) -> tup
     codes = torch.stack(planes, dim=-2).flatten(-3)[..., :columns]
     scales = block_scale.movedim(-1, -3).flatten(-4, -3)[..., :rows, :, :]  # [..., N, C, 2]
     scales = scales.contiguous().view(torch.uint8).flatten(-2)[..., : columns // BLOCK_SIZE]
-    e4m3 = torch.tensor(_E4M3_SCALE, dtype=torch.uint8, device=weight.device)
-    return (codes[..., ::2] | (codes[..., 1::2] << 4)).contiguous(), e4m3[scales.int()].contiguous()
+    e4m3 = _on(weight.device, _scale_tables(weight.device.type)[1])[scales.int()]
+    return (codes[..., ::2] | (codes[..., 1::2] << 4)).contiguous(), e4m3.contiguous()
 
 
 def _to_plane(codes: Tensor, plane: int) -> Tensor:
