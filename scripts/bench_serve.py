@@ -44,6 +44,7 @@ from bench_serve_report import (
     products,
     reasons,
     result_table,
+    speeds,
     verdict_summary,
     verdict_table,
     verdicts,
@@ -163,6 +164,8 @@ def run_configuration(
             if why is not None:
                 records.append({"configuration": configuration, "failed": why})
                 print("\n".join([f"--- {configuration}: errors in its log", *errors(said)]), file=sys.stderr)
+            of_points = [f"{point}: {speed:.0f}" for point, speed in speeds(records).get(configuration, {}).items()]
+            print(f"{configuration}: tokens a second by streams: {', '.join(of_points) or 'none'}", file=sys.stderr)
 
 
 def report(options: argparse.Namespace, records: list[dict[str, Any]], machine: str) -> None:
@@ -260,9 +263,11 @@ def main() -> None:
                 run_configuration(options, configuration, folder, command, deadline, records, signals.hold)
         except SystemExit:  # a signal: what was measured until then is shown
             status = 128 + signals.first
-    where = torch.cuda.get_device_name() if cuda else "CPU"
-    engine = f"{ENGINES[options.engine].NAME} {versions.installed().get(options.engine, '?')}"
-    report(options, records, f"{where}, {engine}, torch {torch.__version__}")
+        where = torch.cuda.get_device_name() if cuda else "CPU"
+        engine = f"{ENGINES[options.engine].NAME} {versions.installed().get(options.engine, '?')}"
+        with signals.hold():  # before the models are removed, which takes its time
+            report(options, records, f"{where}, {engine}, torch {torch.__version__}")
+            sys.stdout.flush()
     sys.exit(status or int(any("failed" in record for record in records)))
 
 

@@ -378,12 +378,23 @@ def test_a_configuration_that_ends_badly_keeps_what_it_measured(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_an_engine_or_loses_what_it_measured(tmp_path: Path, number: int) -> None:
+@pytest.mark.parametrize("during", ["measuring", "removing the models"])
+def test_a_signal_leaves_an_engine_or_loses_what_it_measured(tmp_path: Path, during: str, number: int) -> None:
     engine = tmp_path / "engine.py"
     pid = tmp_path / "pid"
-    say_pid = f"import os, pathlib; pathlib.Path({str(pid)!r}).write_text(str(os.getpid()))\n"
-    engine.write_text(ENGINE.replace("argv[1]", "argv[-1]") + say_pid + "time.sleep(300)")
-    program = f"import bench_serve; bench_serve.__file__ = {str(engine)!r}; bench_serve.main()"
+    take_long = f"""
+import os, pathlib, tempfile, time
+def take_long(*_):
+    pathlib.Path({str(pid)!r}).write_text(str(os.getpid()))
+    time.sleep(300)
+"""
+    program = f"import bench_serve; bench_serve.__file__ = {str(engine)!r}"
+    if during == "measuring":
+        engine.write_text(ENGINE.replace("argv[1]", "argv[-1]") + take_long + "take_long()")
+    else:
+        engine.write_text(ENGINE.replace("argv[1]", "argv[-1]"))
+        program += take_long + "tempfile.TemporaryDirectory.cleanup = take_long"
+    program += "\nbench_serve.main()"
     command = [sys.executable, "-c", program, "--shape", "small", "--configurations", "bf16,w4a16", "--dummy"]
     process = subprocess.Popen(
         command, cwd=ROOT / "scripts", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
@@ -397,7 +408,8 @@ def test_a_signal_leaves_an_engine_or_loses_what_it_measured(tmp_path: Path, num
     said, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number, errors
     assert re.search(r"\| bf16 +\| +100 ", said), said
-    assert "bf16: a signal came first" in said
+    assert ("bf16: a signal came first" in said) == (during == "measuring")
+    assert "bf16: tokens a second by streams: 1: 100" in errors
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
 
