@@ -1,5 +1,6 @@
 """Compiling on first use: one build for many processes, whole or not at all, and a reason where there is none."""
 
+import ctypes
 import os
 import platform
 import shutil
@@ -149,15 +150,56 @@ def test_a_cache_home_that_the_standard_forbids_is_used(monkeypatch: pytest.Monk
     assert build.cache_directory() == Path.home() / ".cache" / "fouroversix" / "kernels"
 
 
-def test_options_for_nvcc_in_the_environment_change_arithmetic(
-    monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
-) -> None:
-    """The host's compiler is chosen there, by conda for one, and nothing else."""
-    monkeypatch.setattr(build, "nvcc", lambda: "nvcc")
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As if there were an H200, and CUDA 13.0 to compile for it."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(build, "nvcc", lambda: str(nvcc))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(("driver", "runs"), [((12, 9), False), ((13, 0), True), ((14, 1), True), (None, True)])
+def test_a_driver_is_given_what_it_cannot_run(
+    monkeypatch: pytest.MonkeyPatch, driver: tuple[int, int] | None, runs: bool
+) -> None:
+    monkeypatch.setattr(build, "_driver_version", lambda: driver)
+    if runs:
+        assert build._cuda_recipe().compile
+        return
+    with pytest.raises(
+        build.BuildError, match=r"nvcc is of CUDA 13\.0.*driver, of CUDA 12\.9.*needed a toolkit of CUDA 12"
+    ):
+        build._cuda_recipe()
+
+
+@pytest.mark.parametrize(("number", "version"), [(13020, (13, 2)), (12080, (12, 8)), (None, None)])
+def test_a_driver_is_misread(
+    monkeypatch: pytest.MonkeyPatch, number: int | None, version: tuple[int, int] | None
+) -> None:
+    class Driver:
+        def __init__(self, name: str) -> None:
+            if number is None:
+                raise OSError(f"{name}: cannot open shared object file")
+
+        def cuDriverGetVersion(self, to: Any) -> int:  # noqa: N802
+            to._obj.value = number
+            return 0
+
+    monkeypatch.setattr(ctypes, "CDLL", Driver)
+    assert build._driver_version() == version
+
+
+@pytest.mark.usefixtures("hopper")
+def test_options_for_nvcc_in_the_environment_change_arithmetic(
+    monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    """The host's compiler is chosen there, by conda for one, and nothing else."""
     usual = build._cuda_recipe()
     monkeypatch.setenv("NVCC_PREPEND_FLAGS", "--use_fast_math -allow-unsupported-compiler -ccbin=/opt/g++")
     monkeypatch.setenv("NVCC_APPEND_FLAGS", "-ftz=true")

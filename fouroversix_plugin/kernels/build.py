@@ -11,12 +11,14 @@ The environment chooses where things lie (``XDG_CACHE_HOME``, ``CUDA_HOME``, ``P
 from __future__ import annotations
 
 import argparse
+import ctypes
 import fcntl
 import functools
 import hashlib
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -254,6 +256,31 @@ def nvcc() -> str:
     return found
 
 
+def _check_driver(compiler: str) -> None:
+    """Raises BuildError where the driver is of an older major version of CUDA than ``compiler``: no call would work."""
+    said = subprocess.run(
+        [compiler, "--version"], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+    )
+    toolkit, driver = re.search(r"release (\d+)\.(\d+)", said.stdout), _driver_version()
+    if toolkit is not None and driver is not None and int(toolkit[1]) > driver[0]:
+        raise BuildError(
+            f"{compiler} is of CUDA {toolkit[1]}.{toolkit[2]}, and the driver, of CUDA {driver[0]}.{driver[1]}, runs "
+            f"nothing of a newer major version: needed a toolkit of CUDA {driver[0]} (CUDA_HOME names one), or a newer "
+            "driver"
+        )
+
+
+def _driver_version() -> tuple[int, int] | None:
+    """The newest CUDA that the driver knows, or None where it does not say."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    failed = driver.cuDriverGetVersion(ctypes.byref(version))
+    return None if failed else (version.value // 1000, version.value % 1000 // 10)
+
+
 def _host_compiler() -> tuple[str, ...]:
     """nvcc's options for the host's compiler, where the environment gives some, as conda and distributions do."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -319,6 +346,7 @@ def _cuda_recipe() -> _Recipe:
     if capabilities[0] < LEAST_CAPABILITY:
         raise BuildError(too_old(capabilities[0]))
     compiler = nvcc()
+    _check_driver(compiler)
     include, libraries = _torch_flags()
     machine = tuple(flag for capability in capabilities for flag in architecture_flags(capability))
     bindings = (compiler, "-std=c++20", "-O2", "-Xcompiler=-fPIC", *include, "-DUSE_CUDA", "-DFOS_CUDA")
