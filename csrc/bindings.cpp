@@ -211,7 +211,7 @@ std::tuple<Tensor, Tensor> quantize_values(Tensor x, OptionalTensor amax, Option
 #if defined(FOS_CUDA)
 
 // As quantize_values, per token, and row m in the rows of all slots of token m: values [P, K], those of slots that count,
-// decode scales [P], and whose they are. x was there before the kernel began that wrote row_of_slot.
+// decode scales [P], and whose they are. x was there before the kernel that wrote row_of_slot let this one start.
 std::tuple<Tensor, Tensor> gather_quantized(Tensor x, OptionalTensor amax, Tensor row_of_slot, Tensor slot_of_row,
                                             int64_t metric, int64_t domain, bool adaptive, double encoded_amax) {
   STD_TORCH_CHECK(is_readable(x), "x: needed contiguous and aligned to 16 bytes, or a copy comes between");
@@ -224,6 +224,7 @@ std::tuple<Tensor, Tensor> gather_quantized(Tensor x, OptionalTensor amax, Tenso
   STD_TORCH_CHECK(row_of_slot.dim() == 2 && row_of_slot.size(0) == q.rows && row_of_slot.is_contiguous(),
                   "row_of_slot: needed [", q.rows, ", top_k]");
   const int64_t rows = row_of_slot.numel();
+  STD_TORCH_CHECK(rows <= INT32_MAX, "row_of_slot: got ", rows, " slots, needed at most ", INT32_MAX);
   STD_TORCH_CHECK(slot_of_row.numel() == rows && slot_of_row.is_contiguous(), "slot_of_row: needed [", rows, "]");
   q.row_of_slot = static_cast<const int32_t*>(row_of_slot.data_ptr());
   q.top_k = static_cast<int>(row_of_slot.size(1));
@@ -232,7 +233,7 @@ std::tuple<Tensor, Tensor> gather_quantized(Tensor x, OptionalTensor amax, Tenso
   Tensor decode_scale = torch::stable::new_empty(x, {rows}, ScalarType::Float);
   q.values = values.data_ptr();
   q.decode_scale = static_cast<float*>(decode_scale.data_ptr());
-  run(q, x);
+  if (q.rows > 0) run(q, x);
   return {values, decode_scale};
 }
 

@@ -204,6 +204,7 @@ cuda::Route ids_of(Tensor& topk_ids, int64_t experts) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(Tensor topk_ids, int64_t experts, int64_t tokens,
                                                          bool beside_kernel_before, bool gathered) {
   STD_TORCH_CHECK(!beside_kernel_before || topk_ids.is_contiguous(), "topk_ids: needed contiguous, or a copy comes between");
+  STD_TORCH_CHECK(!beside_kernel_before || !gathered, "gathered: what gathers reads x and blocks before it waits for this");
   cuda::Route r = ids_of(topk_ids, experts);
   r.beside_kernel_before = beside_kernel_before;
   r.tokens = int_of(tokens);

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kRouteThreads) sort_slots(const Route r) {
   };
   for (int e = thread; e < r.experts; e += kRouteThreads) counts[e] = 0;
   if (!r.beside_kernel_before) wait_for_kernel_before();
-  let_kernel_after_start();  // not before: without waiting for this one, that may read what the kernel before wrote
+  let_kernel_after_start();  // not before, but for `beside`: that may read what the kernel before wrote without waiting
   __syncthreads();
   for_slots([&](int, int of) {
     if (of >= 0) atomicAdd(&counts[of], 1);

@@ -83,10 +83,11 @@ struct Route {
   bool wide_ids;
   int slots, top_k, experts, tokens;
   int32_t* row_of_slot;                 // [slots], -1 where it was left out
-  int32_t *slot_of_row, *token_of_row;  // [slots], or null: gather() writes the first, and nobody asks for the other
+  int32_t *slot_of_row, *token_of_row;  // [slots], or null: who gathers rows writes the first, and nobody asks for the other
   Block* blocks;
   int32_t* in_use;  // blocks, rows
   // The kernel before wrote nothing that is read here, and began only after all that did had ended: both may run at once.
+  // Then the kernel after waits before it reads anything. Else it may read what was there before this one, without waiting.
   bool beside_kernel_before;
 };
 

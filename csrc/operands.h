@@ -46,7 +46,7 @@ struct Quantize {
   float* decode_scale;  // [], [M] or [E]
   // On Hopper, of values per token: x has been sorted for experts, row_of_slot [M, top_k] says where to (-1: nowhere), and
   // what becomes of row m goes to the rows of all of its slots, in values, decode_scale and slot_of_row. x was there before
-  // the kernel began that wrote row_of_slot: only writing waits for that one. Else null.
+  // the kernel that wrote row_of_slot let this one start: only writing waits for that one. Else null.
   const int32_t* row_of_slot;
   int top_k;
   int32_t* slot_of_row;

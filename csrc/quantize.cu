@@ -137,11 +137,7 @@ __global__ void __maxnreg__((registers<gated, result>()))
   if (gated && shape.stash != 0) {
     stash = reinterpret_cast<Raw*>(reinterpret_cast<char*>(stashes) + group.slot * shape.stash);
   }
-  const auto wait = [] {
-    wait_for_kernel_before();
-    let_kernel_after_start();
-  };
-  if (!kOfSlots || amax != nullptr) wait();
+  if (!kOfSlots || amax != nullptr) take_turn();
 
   Place place = {0, row};
   uint32_t row_amax = 0;
@@ -162,7 +158,7 @@ __global__ void __maxnreg__((registers<gated, result>()))
   }
   const GlobalScales global = global_scales(bits<float>(row_amax), q.recipe.encoded_amax);
   const Row shared = row_of(global);
-  if constexpr (kOfSlots) wait();
+  if constexpr (kOfSlots) take_turn();
   if (q.scope == Scope::token && inside && blockIdx.y == 0) {
     write_decode_scale<result>(q, row, stored_decode_scale(global), group.lane, group.threads);
   }
@@ -204,7 +200,7 @@ __global__ void __maxnreg__((registers<gated, result>()))
         its_target.scales = of_thread(lane, to.scales);
       }
       settle<metric, adaptive, gated, result>(q, its, of_thread(lane, x), gated ? of_thread(lane, stash) : nullptr,
-                                                 of_thread(lane, block), its_target);
+                                              of_thread(lane, block), its_target);
     }
   }
 }
@@ -276,8 +272,8 @@ Kernels kernels_of(const Quantize& q) {
   return q.gated ? kernels_of<true, Result::values>(q.recipe) : kernels_of<false, Result::values>(q.recipe);
 }
 
-// With many rows a thread takes as many blocks as leave the rows in flight in the L1 between finding their amax and
-// reading them again, so that what is computed once a row and warp weighs little. With fewer rows it takes fewer, until
+// With many rows a thread takes as many blocks as leave the rows in flight in the L1 (of slots: in the L2) between finding
+// their amax and reading them again, so that what is computed once a row and warp weighs little. With fewer rows it takes fewer, until
 // a row has a thread for every block, and then several CTAs.
 Shape shape_of(const Quantize& q) {
   constexpr int64_t kBytesInL1 = 128;  // a thread

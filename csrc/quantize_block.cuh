@@ -73,6 +73,13 @@ __device__ __forceinline__ void let_kernel_after_start() {
 #endif
 }
 
+// Up to here the kernel before may still run, and from here on the one after: CTAs of three calls would crowd on some
+// multiprocessors.
+__device__ __forceinline__ void take_turn() {
+  wait_for_kernel_before();
+  let_kernel_after_start();
+}
+
 // As bits(), for CUDA's pairs, which are not trivially copyable by the letter.
 template <class To, class From>
 __device__ __forceinline__ To pair_bits(From value) {
@@ -501,9 +508,9 @@ int scale_stride(const Quantize& q) { return 4 * static_cast<int>(tile_rows(q.la
 template <Result result>
 __device__ __forceinline__ Target target_of(const Quantize& q, int64_t row, int64_t scale_row, int blocks,
                                             int scale_stride) {
-  const bool of_slots = result == Result::values_of_slots;
+  constexpr bool kOfSlots = result == Result::values_of_slots;
   Target to = {reinterpret_cast<uint2*>(q.packed) + row * blocks, nullptr, scale_stride,
-               static_cast<Raw*>(q.values) + (of_slots ? 0 : row * blocks), q.row_of_slot + row * q.top_k, q.top_k,
+               static_cast<Raw*>(q.values) + (kOfSlots ? 0 : row * blocks), q.row_of_slot + row * q.top_k, q.top_k,
                blocks};
   if (scale_row >= 0) {
     to.scales = q.block_scale + scale_offset(q.layout, scale_row, 0, padded_scale_columns(q.layout, blocks));
@@ -539,8 +546,8 @@ __device__ __forceinline__ void write(const Target& to, int block, const Chosen<
   store(to.values, block, values_of(chosen, raw));
 }
 
-// To the rows of slots, by the whole warp, each half of which has blocks that lie together in memory: those below `end` are
-// written. A store has 16 bytes a thread, in the order of memory: so many stores are slow if each fills half of a sector.
+// To the rows of slots, of 16 bits a value, by the whole warp, each half of which has blocks that lie together in memory:
+// those below `end` are written. A store has 16 bytes a thread, in the order of memory: so many stores are slow if each fills half of a sector.
 __device__ __forceinline__ void write_to_slots(const Target& to, int block, int end, const Chosen<Numbers>& chosen,
                                                const Raw& raw) {
   const Raw values = values_of(chosen, raw);

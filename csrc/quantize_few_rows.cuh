@@ -79,19 +79,14 @@ __global__ void __maxnreg__((registers<gated, result>()))
   const int block = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   const void* x = input_row<gated>(q, row);
   const Target to = target_of<result>(q, row, row, blocks, scale_stride);
-  // Up to the waiting the kernel before may still run.
-  const auto wait = [] {
-    wait_for_kernel_before();
-    let_kernel_after_start();  // not before: CTAs of several calls would crowd on some multiprocessors
-  };
-  if constexpr (!kOfSlots) wait();
+  if constexpr (!kOfSlots) take_turn();
   Raw raw = read<gated, kOfSlots>(x, min(block, blocks - 1), blocks);  // the last one again does no harm
   const uint32_t amax = largest_of_cluster(exchange, warps, largest_bits(larger_magnitudes(raw)));
   const GlobalScales global = global_scales(bits<float>(amax), q.recipe.encoded_amax);
   const Row shared = row_of(global);
   Chosen<Rounded> chosen = {};
   const bool inside = block < blocks, open = inside && !choose<metric, adaptive>(shared, raw, chosen);
-  if constexpr (kOfSlots) wait();
+  if constexpr (kOfSlots) take_turn();
   write_decode_scale<result>(q, row, stored_decode_scale(global), block, static_cast<int>(gridDim.x * blockDim.x));
   if constexpr (kOfSlots) {
     write_to_slots(to, block, blocks, chosen, raw);

@@ -171,17 +171,18 @@ def test_a_slot_is_lost_or_lies_among_those_of_another_expert(tokens: int, exper
 @pytest.mark.parametrize("recipe", [Recipe(), Recipe(metric="mae"), Recipe(metric="abs_max"), PLAIN], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("static", [False, True])
-# A cluster a row, and more rows than that is for; of more slots than are written at once.
-@pytest.mark.parametrize(("tokens", "top_k"), [(1, 8), (200, 3), (200, 11), (300, 8), (3000, 11)])
+# A cluster of each size a row, and more rows than those are for; of more slots than are written at once.
+@pytest.mark.parametrize(("tokens", "top_k"), [(1, 8), (20, 8), (200, 3), (200, 11), (300, 8), (3000, 11)])
+@pytest.mark.parametrize("columns", [16, 2064])
 def test_a_row_quantized_for_its_slots_is_another(
-    tokens: int, top_k: int, static: bool, dtype: torch.dtype, recipe: Recipe
+    columns: int, tokens: int, top_k: int, static: bool, dtype: torch.dtype, recipe: Recipe
 ) -> None:
-    columns, experts = 2064, 64
-    g = generator("cuda", "quantized for slots", tokens, top_k)
+    experts = 64
+    g = generator("cuda", "quantized for slots", columns, tokens, top_k)
     x = torch.randn(tokens, columns, generator=g, device="cuda", dtype=dtype)
     x[::2] = torch.randint(-24, 25, (len(x[::2]), columns), generator=g, device="cuda").to(dtype) / 4  # ties
-    x[0, :16] = 0
-    x[-1, 5] = torch.nan
+    if tokens > 1:
+        x[0, :16], x[-1, 5] = 0, torch.nan
     amax = torch.tensor(3.0, device="cuda") if static else None
     ids = torch.randint(-1, experts + 1, (tokens, top_k), generator=g, device="cuda", dtype=torch.int32)
     row_of_slot, slot_of_row, _, _, in_use = torch.ops.fouroversix_cuda.route(ids, experts, 64, False, True)

@@ -165,12 +165,14 @@ def _sort_by_expert(
     """Rows of x by the expert of each slot, times ``topk_weights`` where given, quantized; blocks of at most ``tokens``
     of them, and how many blocks and rows there are.
 
-    Quantizing x and sorting slots read nothing of each other's: whichever is launched second runs beside the first. So
-    x must not be a copy that is freed, and its memory written to, between the two.
+    Quantizing x and sorting slots take their time side by side: whichever is launched second begins before the first
+    has ended. So nothing that the first reads may be freed, and written to by the second, until both are launched.
     """
     kernels = torch.ops.fouroversix_cuda
     if not (x.is_contiguous() and x.data_ptr() % 16 == 0):
         x = x.clone(memory_format=torch.contiguous_format)
+    if input_amax is not None:
+        input_amax = input_amax.contiguous()
     if tokens <= _FEW_ROWS and topk_weights is None:
         values, scale = (x, None) if activations is None else native.quantize_values(x, activations, input_amax, False)
         beside = activations is not None

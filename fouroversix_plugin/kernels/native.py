@@ -1,7 +1,7 @@
 """The compiled operators (``torch.ops.fouroversix_cpu`` and ``_cuda``) by the names and types of this package.
 
-Both devices have the same three quantizers, and the CPU products, too; :mod:`fouroversix_plugin.kernels.build` compiles
-and loads them.
+Both devices have the same three quantizers, CUDA devices one more for experts, and the CPU products;
+:mod:`fouroversix_plugin.kernels.build` compiles and loads them.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ def gather_quantized(
 ) -> tuple[Tensor, Tensor]:
     """What :func:`quantize_values` makes of row m, in rows row_of_slot[m] (int32 [M, top_k]; -1: nowhere).
 
-    On CUDA devices. x, contiguous and at a multiple of 16 bytes, is read before the kernel before has ended: that wrote
-    row_of_slot, and began after x was there. Whose rows those are goes to slot_of_row (int32 [M * top_k]).
+    On CUDA devices. x, contiguous and at a multiple of 16 bytes, is read before the kernel before has ended: that one
+    writes row_of_slot, and let this one start when x was there. Whose rows they are goes to slot_of_row, int32
+    [M * top_k].
     """
     out: tuple[Tensor, Tensor] = torch.ops.fouroversix_cuda.gather_quantized(
         x, amax, row_of_slot, slot_of_row, *_taken_apart(recipe)

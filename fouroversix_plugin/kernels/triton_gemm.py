@@ -20,6 +20,7 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fouroversix_plugin.kernels import routing, triton
 from fouroversix_plugin.nvfp4 import check_columns
@@ -53,7 +54,11 @@ def _stored_scales() -> tuple[list[int], list[int]]:
 @functools.cache
 def _scale_tables(device: str) -> tuple[Tensor, Tensor]:
     """Those of :func:`_stored_scales` in the host's memory, for devices of a type."""
-    stored, e4m3 = (torch.tensor(t, dtype=torch.uint8, pin_memory=device == "cuda") for t in _stored_scales())
+    with unset_fake_temporarily():  # they are kept
+        stored, e4m3 = (
+            torch.tensor(table, dtype=torch.uint8, device="cpu", pin_memory=device == "cuda")
+            for table in _stored_scales()
+        )
     return stored, e4m3
 
 
