@@ -137,6 +137,17 @@ def test_experts_read_what_is_not_there_yet(last: str, rows: int, captured: bool
             assert_same_tensor(f"call {number}", a, e)
 
 
+@pytest.mark.parametrize("activations", [None, Recipe()], ids=["W4A16", "W4A4"])
+@pytest.mark.parametrize("rows", [1, 100])
+def test_routing_on_another_device_is_read(rows: int, activations: Recipe | None) -> None:
+    g = generator("cuda", "elsewhere")
+    held = ops.prepare_experts(*random_experts(4, 128, 48, g), torch.bfloat16)
+    x, (weights, ids) = random_x(rows, 128, torch.bfloat16, g), routing(rows, 4, 2, g)
+    for elsewhere in ((weights.cpu(), ids), (weights, ids.cpu())):
+        with pytest.raises(ValueError, match=r"topk_ids, topk_weights: got tensors on .*cpu.*needed them on cuda:0"):
+            ops.moe(x, *held, *elsewhere, activations, "silu", False)
+
+
 @pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("experts", [1, 40, 128, 1500, 4096])
 # One thread block, a cluster that reads ids once, one that reads them twice.

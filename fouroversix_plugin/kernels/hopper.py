@@ -117,6 +117,9 @@ def moe(
     if topk_ids.shape != topk_weights.shape or topk_ids.shape[0] != x.shape[0]:
         shapes = tuple(topk_ids.shape), tuple(topk_weights.shape)
         raise ValueError(f"topk_ids, topk_weights: got shapes {shapes}, needed [{x.shape[0]}, top_k] both")
+    if topk_ids.device != x.device or topk_weights.device != x.device:
+        devices = f"{topk_ids.device} and {topk_weights.device}"
+        raise ValueError(f"topk_ids, topk_weights: got tensors on {devices}, needed them on {x.device}, as x is")
     if w2_decode_scale.shape[0] != experts:
         raise ValueError(f"w2: got {w2_decode_scale.shape[0]} experts, needed the {experts} of w13")
     if x.shape[0] == 0:
