@@ -1,4 +1,4 @@
-// The CPU kernels, one namespace for each instruction set that kernels/build.py compiles cpu.cpp for.
+// The CPU kernels, one namespace for each instruction set that kernels/build.py compiles them for.
 #pragma once
 
 #if defined(__x86_64__)
@@ -40,8 +40,8 @@ FOS_DECLARE_ISA(baseline)
 FOS_DECLARE_ISA(avx2)
 FOS_DECLARE_ISA(avx512)
 
-// Instructions that multiply bf16 numbers, from a few tokens of these on: matrix tiles (AMX) or pairs (AVX512_BF16).
-// Tokens go in groups of kTileTokens, columns in steps of kTileStep.
+// cpu_bf16.cpp: instructions that multiply bf16 numbers, from a few tokens of these on: matrix tiles (AMX) or pairs
+// (AVX512_BF16). Tokens go in groups of kTileTokens, columns in steps of kTileStep.
 constexpr int64_t kTileTokens = 16, kTileStep = 32;
 namespace avx512 {
 enum class Bf16Products { none, pairs, tiles };

@@ -272,7 +272,7 @@ def test_a_way_to_multiply_bf16_is_off_by_more_than_fp32_rounding(
     if f" {needed}" not in Path("/proc/cpuinfo").read_text():
         pytest.skip(f"this processor has no {needed}")
     changes = {} if way == "tiles" else {"  return found;": f"  return found, Bf16Products::{way};"}
-    operators = forced(way, "avx512", "cpu_linear.cpp", changes)
+    operators = forced(way, "avx512", "cpu_bf16.cpp", changes)
     for rows, columns in ((16, 16), (129, 1040), (40, 4112)):
         g = torch.Generator().manual_seed(rows)
         q = fos.quantize(torch.randn(rows, columns, generator=g), granularity="token")

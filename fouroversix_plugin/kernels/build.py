@@ -237,7 +237,7 @@ def _cpu_recipe() -> _Recipe:
     kernels = [
         (compiler, *_CPP, *_STRICT, *flags, f"-DFOS_ISA={isa}", "-c", str(csrc() / source))
         for isa, flags in _ISAS.get(platform.machine(), {"baseline": ()}).items()
-        for source in ("cpu.cpp", "cpu_linear.cpp")
+        for source in ("cpu.cpp", "cpu_linear.cpp", "cpu_bf16.cpp")
     ]
     bindings = [
         (compiler, *_CPP, *include, "-DFOS_LIBRARY=fouroversix_cpu", "-DFOS_KEY=CPU", "-c", str(csrc() / source))
