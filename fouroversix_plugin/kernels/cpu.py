@@ -55,7 +55,7 @@ def unscaled(packed: Tensor, block_scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def to_strips(packed: Tensor, block_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The one-time shuffle of a weight: strips of 16 rows, a SIMD lane each; see csrc/cpu_linear.cpp.
+    """The one-time shuffle of a weight: strips of 16 rows, a SIMD lane each; see csrc/cpu_strips.h.
 
     Args:
         packed: uint8 [..., N, K/2].
