@@ -449,6 +449,24 @@ def test_weights_without_structure_are_not_suspected(tmp_path: Path) -> None:
         weight_of(folder_of(tmp_path / str(seed), "modelopt", parts("modelopt", *quantized(weight))))
 
 
+def in_blocks(kind: str) -> Tensor:
+    """A weight whose large and small parts lie in blocks, which neither rows nor columns explain."""
+    weight = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
+    row, column = torch.arange(512).unsqueeze(1), torch.arange(512).unsqueeze(0)
+    if kind == "block diagonal":
+        return weight * (row // 128 == column // 128)
+    if kind == "sparse in blocks":
+        return weight * ((row // 64 * 5 + column // 64 * 3) % 7 < 3)
+    if kind == "parts with heads of their own":
+        return weight * (1 + (row // 128 * 3 + column // 64 * 5) % 8)
+    return weight * torch.exp(-(row - column).abs() / 64)  # a band
+
+
+@pytest.mark.parametrize("kind", ["block diagonal", "sparse in blocks", "parts with heads of their own", "band"])
+def test_weights_of_large_and_small_blocks_are_not_suspected(tmp_path: Path, kind: str) -> None:
+    weight_of(folder_of(tmp_path / "a", "modelopt", parts("modelopt", *quantized(in_blocks(kind)))))
+
+
 # --- what is missing ---
 
 
