@@ -19,16 +19,22 @@ _PROJECTIONS: Final = (
 
 _RANK: Final[Mapping[str, int]] = {name: rank for rank, names in enumerate(_PROJECTIONS) for name in names}
 _LONGEST_NAME: Final = 44
+_MOST_DIGITS: Final = 18
 
 
 def kind_of(module: str) -> str:
     """The name with its numbers (of layers and experts) as ``*``: ``model.layers.*.mlp.experts.*.up_proj``."""
-    return ".".join("*" if part.isdigit() else part for part in module.split("."))
+    return ".".join("*" if is_number(part) else part for part in module.split("."))
 
 
 def numbers_of(module: str) -> tuple[int, ...]:
     """The numbers that :func:`kind_of` leaves out: layer, then expert."""
-    return tuple(int(part) for part in module.split(".") if part.isdigit())
+    return tuple(int(part) for part in module.split(".") if is_number(part))
+
+
+def is_number(part: str) -> bool:
+    """Whether a part of a name can be that of a layer; `int` reads neither superscripts nor thousands of digits."""
+    return part.isdecimal() and len(part) <= _MOST_DIGITS
 
 
 def in_model_order(module: str) -> tuple[tuple[int, ...], bool, int, str, tuple[int, ...]]:

@@ -469,7 +469,7 @@ def test_a_file_that_the_index_does_not_name_is_ignored_with_a_warning(
     assert list(opened.tensors) == sorted(weight_map())
     assert opened.warnings == (f"{source}: not in the index, ignored: orphan.safetensors",)
     quantize_checkpoint(source, tmp_path / "out", SCHEME)
-    assert opened.warnings[0] in log.messages
+    assert f"fouroversix: {opened.warnings[0]}" in log.messages
     assert not (tmp_path / "out" / "orphan.safetensors").exists()
 
 

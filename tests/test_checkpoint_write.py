@@ -60,6 +60,7 @@ from fouroversix_plugin.nvfp4 import NVFP4Tensor
 from fouroversix_plugin.recipe import Recipe, Scheme, preset, preset_names
 from fouroversix_plugin.reference import quantize as reference_quantize
 
+E8M0 = torch.float8_e8m0fnu
 SCHEME, W4A16 = preset("nvfp4_4over6"), preset("w4a16")
 CARD = "README.md"
 
@@ -655,6 +656,25 @@ def test_fp8_weights_without_scales_or_with_others_are_refused(tmp_path: Path) -
     refuse(single(tmp_path / "d", tensors), r"conv\.weight: got F8_E4M3 of shape \(16, 16, 3\), needed .*2-D")
     stacked = {"layers.0.experts.down_proj": codes}
     refuse(single(tmp_path / "e", stacked), "got FP8, needed BF16, F16, F32 .*multiply them out first")
+    turned = {"h.0.attn.c_attn.weight": codes[0], "h.0.attn.c_attn.weight_scale": torch.ones(())}
+    source = single(tmp_path / "f", turned, {"model_type": "gpt2"})
+    refuse(source, r"c_attn\.weight: got F8_E4M3 of shape \(16, 3\), needed .*\[N, K\]")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.bool, torch.float8_e4m3fn], ids=str)
+def test_exponents_as_bare_bytes_are_not_read_as_fp8_scales(tmp_path: Path, dtype: torch.dtype) -> None:
+    # MXFP8 and others keep E8M0 as U8: 2^-7 is 120 there.
+    scale = torch.ones(256, 1).to(dtype)
+    tensors = {"l.weight": torch.ones(256, 32).to(torch.float8_e4m3fn), "l.weight_scale": scale}
+    refuse(single(tmp_path / "source", tensors), r"l\.weight_scale: got \w+, needed F64, BF16, F16, F32, F8_E8M0")
+
+
+def test_fp8_scales_may_be_exponents(tmp_path: Path) -> None:
+    scale = torch.tensor([[0.25], [0.125]])
+    tensors = {"l.weight": torch.ones(256, 64).to(torch.float8_e4m3fn), "l.weight_scale_inv": scale.to(E8M0)}
+    quantize_checkpoint(single(tmp_path / "source", tensors), tmp_path / "out", SCHEME)
+    expected = reference_quantize(scale.repeat_interleave(128, 0).expand(256, 64), Recipe())
+    assert_same_bytes(stored(everything(tmp_path / "out"), "l"), expected)
 
 
 # --- stacked experts ---
@@ -928,6 +948,52 @@ def test_a_config_that_names_no_architecture_does_not_stop_a_conversion(tmp_path
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == architectures
 
 
+# --- sources that cannot be converted ---
+
+
+@pytest.mark.parametrize("codes", ["weight_packed", "qweight"])
+def test_codes_of_another_method_are_copied_without_their_config(tmp_path: Path, codes: str) -> None:
+    # Of FP8 and int4 together, as compressed-tensors writes them, or of GPTQ without its config.
+    fp8, _ = fp8_model("channel", rows=32, columns=64)
+    tensors = {**fp8, f"{MLP}.up_proj.{codes}": torch.zeros(32, 8, dtype=torch.int32)}
+    config = {**CONFIG, "quantization_config": FP8_CONFIGS["compressed-tensors"]}
+    for ignore in ((), ("*.up_proj",)):
+        message = rf"up_proj\.{codes}: is quantized already"
+        refuse(single(tmp_path / str(len(ignore)), tensors, config), message, replace(W4A16, ignore=ignore))
+
+
+@pytest.mark.parametrize("max_shard_size", [600, 10**9])  # in two files nothing else would notice
+def test_a_tensor_of_the_source_has_the_name_of_a_part(tmp_path: Path, max_shard_size: int) -> None:
+    tensors = {"l.weight": torch.ones(32, 32), "l.weight_scale": torch.ones(400)}
+    source = single(tmp_path / "a", tensors)
+    message = r"l\.weight_scale: would be written twice, for 'l\.weight' and for 'l\.weight_scale' of the source"
+    with pytest.raises(CheckpointError, match=message):
+        plan_conversion(source, SCHEME, max_shard_size=max_shard_size)
+    plan_conversion(source, replace(SCHEME, ignore=("l",)))
+
+
+def test_an_expert_is_there_stacked_and_by_itself(tmp_path: Path) -> None:
+    stacked = {"m.experts.gate_up_proj": torch.ones(2, 2 * INNER, HIDDEN)}
+    alone = {f"m.experts.0.{name}.weight": torch.ones(INNER, HIDDEN) for name in ("gate_proj", "up_proj")}
+    source = single(tmp_path / "a", {**stacked, **alone}, {**CONFIG, "hidden_size": HIDDEN})
+    refuse(source, r"would be written twice, for 'm\.experts\.0\.\w+\.weight' and for 'm\.experts\.gate_up_proj'")
+
+
+def test_a_checkpoint_of_nothing_that_is_quantized_is_not_written(source: Path, tmp_path: Path) -> None:
+    # Its config would promise NVFP4, which a loader looks for.
+    scheme = replace(SCHEME, ignore=("*",))
+    assert plan_conversion(source, scheme).groups == {}
+    refuse(source, r"got no linear weight to quantize \(14: in `ignore`\), needed at least one", scheme)
+    refuse(single(tmp_path / "norms", {"norm.weight": torch.ones(16)}), r"to quantize \(it has none\)")
+
+
+@pytest.mark.parametrize("number", ["²", "9" * 5000], ids=["superscript", "long"])
+def test_digits_that_are_no_number_are_part_of_a_name(tmp_path: Path, number: str) -> None:
+    source = single(tmp_path / "source", {f"layers.{number}.a1{number}.weight": torch.ones(16, 16)})
+    quantize_checkpoint(source, tmp_path / "out", SCHEME)
+    assert list(load_checkpoint(tmp_path / "out")) == [f"layers.{number}.a1{number}.weight"]
+
+
 # --- M5: the target ---
 
 
@@ -943,6 +1009,41 @@ def test_an_existing_target_is_not_touched(source: Path, tmp_path: Path) -> None
         with pytest.raises(CheckpointError, match=rf"{name}: is no checkpoint .*, so it is not overwritten"):
             quantize_checkpoint(source, tmp_path / name, SCHEME, overwrite=True)
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_made_meanwhile_is_lost(source: Path, tmp_path: Path, overwrite: bool) -> None:
+    mine = tmp_path / "out" / "mine"
+
+    def make(name: str, nbytes: int) -> None:
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_text("precious")
+
+    with pytest.raises(CheckpointError, match=r"out: (exists already|is no checkpoint)"):
+        quantize_checkpoint(source, tmp_path / "out", SCHEME, overwrite=overwrite, progress=make)
+    assert mine.read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+def refuse_before_the_work(source: Path, target: Path, message: str) -> None:
+    told: list[str] = []
+    with pytest.raises(CheckpointError, match=message):
+        quantize_checkpoint(source, target, SCHEME, overwrite=True, progress=lambda name, _: told.append(name))
+    assert told == []
+
+
+def test_a_target_that_cannot_get_its_name_is_found_after_the_work(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_disk: Callable[..., Path]
+) -> None:
+    long = "d" * 240  # fits, as does its .partial
+    refuse_before_the_work(source, tmp_path / long, "cannot be written.*File name too long")
+    (tmp_path / "empty" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "empty" / "below")
+    for name in (".", "..", "/"):
+        refuse_before_the_work(source, Path(name), "has no name of its own, needed a folder to make, such as .*NAME")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "source"]
+    if shutil.which("mount") is not None:
+        refuse_before_the_work(source, tiny_disk("size=64k"), "is a mount point, which cannot be replaced")
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -28,7 +28,7 @@ from fouroversix_plugin import tables
 from fouroversix_plugin.checkpoint import CheckpointError, quantize_checkpoint
 from fouroversix_plugin.inspection import Inspection, inspect_checkpoint
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
-from fouroversix_plugin.recipe import Recipe
+from fouroversix_plugin.recipe import Recipe, preset
 
 PLAIN = Recipe(adaptive=False, scale_max=448)
 
@@ -338,6 +338,15 @@ def test_rows_are_merged_from_the_last_number_on(most: int, rows: int) -> None:
 )
 def test_sizes_are_readable(nbytes: float, text: str) -> None:
     assert tables.readable_size(nbytes) == text
+
+
+def test_digits_that_are_no_number_are_part_of_a_name(tmp_path: Path) -> None:
+    source = single(
+        tmp_path / "source", {f"layers.{number}.weight": torch.ones(16, 16) for number in ("²", "9" * 5000)}
+    )
+    quantize_checkpoint(source, tmp_path / "out", preset("w4a16"))
+    for folder in (source, tmp_path / "out"):
+        assert "layers.²" in inspect_checkpoint(folder).text()
 
 
 def test_long_names_keep_their_end() -> None:

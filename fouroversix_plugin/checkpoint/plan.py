@@ -14,6 +14,7 @@ from fouroversix_plugin.checkpoint.files import SINGLE, CheckpointError, StoredT
 from fouroversix_plugin.checkpoint.sources import FP8, FULL_PRECISION, Matrix, Source, stack_of
 from fouroversix_plugin.formats import COMPRESSED_TENSORS, MODELOPT, OURS, Format, Part, layers_behind_the_last
 from fouroversix_plugin.recipe import BLOCK_SIZE, Scheme
+from fouroversix_plugin.tables import is_number
 
 OutputFormat = Literal["nvfp4_4over6", "modelopt", "compressed-tensors"]
 _OUTPUT_FORMATS: Final[Mapping[str, Format]] = {f.name: f for f in (OURS, MODELOPT, COMPRESSED_TENSORS)}
@@ -33,6 +34,9 @@ _FUSED: Final = (
     ("c_fc_0", "c_fc_1"),
 )
 """Projections that engines merge into one layer: they share one amax, so that the merged layer has one scale."""
+
+_CODES: Final = ("weight_packed", "qweight")
+"""Last parts of the names of other methods' codes, which mean nothing without the config that is replaced here."""
 
 _EXPERT: Final = re.compile(r"(.*\.experts)\.\d+\.")
 """Name of what belongs to an expert, after the module that holds all of a layer."""
@@ -185,6 +189,7 @@ def make_plan(source: Source, scheme: Scheme, format: str = OURS.name, max_shard
         holder = None if stack is None else stack[0]
         alone = LeftAlone(module if is_linear else name, reason, stored.nbytes, is_linear, holder)
         (linear if is_linear else others).append(alone)
+    _refuse_same_names(units)
     _refuse_half_groups(groups, linear)
     _refuse_some_experts(groups, linear)
     asked = dict.fromkeys(name for alone in linear for name in _as_engines_ask(source, alone))
@@ -231,10 +236,14 @@ def _why_left_alone(
 ) -> str | None:
     """The reason, or None for a tensor that is quantized."""
     if matrices is None:
+        if name.rpartition(".")[2] in _CODES:
+            raise CheckpointError(f"{name}: is quantized already, needed full-precision or FP8 weights")
+        if stored.dtype in FP8 and (name.endswith(".weight") or len(stored.shape) == 3):
+            raise CheckpointError(
+                f"{name}: got {stored.dtype} of shape {stored.shape}, needed FP8 in 2-D weights [N, K] only"
+            )
         if source.is_transposed(name):
             return "stored as [K, N], which engines turn around"
-        if stored.dtype in FP8 and (name.endswith(".weight") or len(stored.shape) == 3):
-            raise CheckpointError(f"{name}: got {stored.dtype} of shape {stored.shape}, needed FP8 in 2-D weights only")
         if _ignored_as_a_whole(name, stored, scheme):
             return "in `ignore`"
         return f"not a linear weight ({len(stored.shape)}-D)"
@@ -260,6 +269,19 @@ def _why_left_alone(
             "already, or belongs into `ignore`"
         )
     return None
+
+
+def _refuse_same_names(units: list[tuple[str, list[Output]]]) -> None:
+    """Where the source has tensors named as the parts of a quantized weight are, or an expert stacked and by itself."""
+    found: dict[str, Output] = {}
+    for output in (output for _, outputs in units for output in outputs):
+        other = found.setdefault(output.name, output)
+        if other is not output:
+            first, second = (o.name if o.matrix is None else o.matrix.tensor for o in (other, output))
+            raise CheckpointError(
+                f"{output.name}: would be written twice, for {first!r} and for {second!r} of the source; remove one "
+                "of them from it, or add the weight to `ignore`"
+            )
 
 
 def _refuse_half_groups(groups: Mapping[str, list[Matrix]], left_alone: list[LeftAlone]) -> None:
@@ -331,4 +353,4 @@ def _itemsize(output: Output) -> int:
 
 def _natural(name: str) -> list[tuple[int, int | str]]:
     """Sorts layer 10 after layer 9."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part]
+    return [(0, int(part)) if is_number(part) else (1, part) for part in re.split(r"(\d+)", name) if part]

@@ -23,6 +23,9 @@ _FP8_BLOCK: Final = (128, 128)
 _SCALES: Final = ("weight_scale_inv", "weight_scale")
 """Names of FP8 decode scales. The first is DeepSeek's, and it multiplies whatever it is called."""
 
+_SCALE_DTYPES: Final = ("F64", *FULL_PRECISION, "F8_E8M0")
+"""Exponents as bare bytes (U8) would be read as numbers."""
+
 _FP8_EXTRAS: Final = (*_SCALES, "input_scale", "activation_scale", "input_scale_ub")
 """What an FP8 checkpoint keeps beside a weight; meaningless once the weight is NVFP4."""
 
@@ -157,7 +160,9 @@ class Source:
             raise CheckpointError(f"{module}.weight: got {stored.dtype} without a scale, needed {module}.{_SCALES[1]}")
         rows, columns = stored.shape
         blocks = (-(-rows // self.fp8_block[0]), -(-columns // self.fp8_block[1]))
-        got = self.checkpoint.tensors[scale].shape
+        dtype, got = self.checkpoint.tensors[scale].dtype, self.checkpoint.tensors[scale].shape
+        if dtype not in _SCALE_DTYPES:
+            raise CheckpointError(f"{scale}: got {dtype}, needed {', '.join(_SCALE_DTYPES)}")
         if got not in {(), (1,), (1, 1), (rows,), (rows, 1), blocks}:
             raise CheckpointError(
                 f"{scale}: got shape {got}, needed one value, one per row ({rows}) or one per block {blocks}"

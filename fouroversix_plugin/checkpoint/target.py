@@ -32,8 +32,14 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
     """Refuse a target whose making would lose something, or that cannot be told from the source.
 
     Raises:
-        CheckpointError: it is the source, lies in it or holds it; or exists, and is not to be or not safe to overwrite.
+        CheckpointError: it is the source, lies in it or holds it; or exists, and is not to be or cannot safely be
+            overwritten; or has no name of its own.
+        OSError: its name is too long for the names that are made of it.
     """
+    if target.name in ("", ".."):
+        raise CheckpointError(f"{target}: has no name of its own, needed a folder to make, such as {target / 'NAME'}")
+    with suppress(FileNotFoundError, NotADirectoryError):
+        _replaced(target).lstat()  # of all these names the longest: better now than after the work
     if target.resolve() == source.resolve():
         raise CheckpointError(f"{target}: is the source itself; name another folder")
     if source.resolve() in target.resolve().parents:
@@ -46,6 +52,8 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{target}: is no checkpoint (it has no {CONFIG}), so it is not overwritten")
     if target.resolve() in source.resolve().parents:
         raise CheckpointError(f"{target}: holds the source, so it is not overwritten")
+    if target.is_mount():
+        raise CheckpointError(f"{target}: is a mount point, which cannot be replaced; name a folder in it")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,14 +117,19 @@ def quantize_checkpoint(
         The plan that was carried out.
 
     Raises:
-        CheckpointError: a source that cannot be read, is quantized already or holds NaN or infinity; a target that
-            exists, lies inside the source or is being written; a full disk; nothing to resume, or something else. The
-            target is then as it was and nothing half done is left, except after an interruption.
+        CheckpointError: a source that cannot be read, is quantized already, has nothing to quantize or holds NaN or
+            infinity; a target that exists, lies inside the source or is being written; a full disk; nothing to resume,
+            or something else. The target is then as it was and nothing half done is left, except after an
+            interruption.
     """
     source, target = Path(source), Path(target)
     plan = plan_conversion(source, scheme, format, max_shard_size)
+    if not plan.groups:  # no loader would find what the config promises
+        reasons = Counter(alone.reason for alone in plan.left_alone if alone.linear)
+        why = ", ".join(f"{count}: {reason}" for reason, count in reasons.items()) or "it has none"
+        raise CheckpointError(f"{source}: got no linear weight to quantize ({why}), needed at least one")
     for warning in plan.source.checkpoint.warnings:
-        logger.warning(warning)
+        logger.warning("fouroversix: %s", warning)
     manifest = _manifest(plan)
     try:
         if resume and published(target, manifest):
@@ -131,6 +137,7 @@ def quantize_checkpoint(
         check_target(source, target, overwrite)
         with unfinished(target, manifest, resume) as partial:
             _carry_out(plan, partial, torch.device(device), progress)
+            check_target(source, target, overwrite)  # somebody may have made it meanwhile
             publish(partial, target)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{target}: cannot be written from {source}: {error}") from error
@@ -233,7 +240,9 @@ def _quantize_rows(matrix: Matrix, rows: Tensor, scheme: Scheme, amax: Tensor, d
         # torch's own error, or the driver's where not even a context has room.
         if "out of memory" not in str(error).lower():
             raise
-        logger.warning("%s: no memory left on %s; quantized on the CPU, to the same bytes", matrix.module, device)
+        logger.warning(
+            "fouroversix: %s: no memory left on %s; quantized on the CPU, to the same bytes", matrix.module, device
+        )
         return on(torch.device("cpu"))
 
 
