@@ -7,8 +7,10 @@ written, 2 usage, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
+import os
 import re
 import sys
 import time
@@ -25,11 +27,13 @@ if TYPE_CHECKING:
     from fouroversix_plugin.checkpoint.write import Progress
 
 _UNITS: Final = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_CONTROL: Final = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code != ord("\n")}
 _HUB_FILES: Final = ("*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.md", "*.py", "LICENSE*")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
+    _usable_streams()
     options = _parser().parse_args(arguments)
     _log_to_stderr()
     try:
@@ -39,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()  # the reader of stdout left: nothing more to say to anyone
         return 1
     except (ValueError, OSError) as error:
-        print(f"fouroversix: error: {error}", file=sys.stderr)
+        print(f"fouroversix: error: {_printable(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("fouroversix: interrupted", file=sys.stderr)
@@ -148,7 +152,7 @@ def _quantize(options: argparse.Namespace) -> int:
         run = {"source": str(source), "target": str(target), "device": device, "seconds": seconds}
         _print_json({**summary_dict(plan), **run})
     else:
-        print(summary_text(plan, target, seconds))
+        print(_printable(summary_text(plan, target, seconds)))
     return 0
 
 
@@ -159,7 +163,7 @@ def _inspect(options: argparse.Namespace) -> int:
     folder = _folder(options.checkpoint)
     with _progress("reading", _nbytes(Checkpoint.open(folder))) as progress:
         report = inspect_checkpoint(folder, progress)
-    _print_json(report.to_dict()) if options.json else print(report.text())
+    _print_json(report.to_dict()) if options.json else print(_printable(report.text()))
     return int(report.failed)
 
 
@@ -181,7 +185,7 @@ def _compare(options: argparse.Namespace) -> int:
     if options.json:
         _print_json({**report.to_dict(), "plots": [str(path) for path in plots]})
     else:
-        print("\n".join([report.text(options.limit), *(f"plot: {path}" for path in plots)]))
+        print(_printable("\n".join([report.text(options.limit), *(f"plot: {path}" for path in plots)])))
     return int(report.failed)
 
 
@@ -208,7 +212,7 @@ def _scheme(text: str) -> Scheme:
 
 
 def _size(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*([kmgt]?i?b?)", text.strip(), re.IGNORECASE)
     unit = match[2].upper() if match else ""
     unit = unit if unit in _UNITS else f"{unit}B"
     nbytes = int(float(match[1]) * _UNITS[unit]) if match and unit in _UNITS else 0
@@ -251,12 +255,26 @@ def _folder(name: str) -> Path:
 # --- output ---
 
 
+def _usable_streams() -> None:
+    """A stream that was closed (`2>&-`) swallows what it is told; one that is not UTF-8 gets escapes, not an error."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (as long as the process)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _printable(text: str) -> str:
+    """Without the control characters that names in a checkpoint may have: a terminal would obey them."""
+    return text.translate(_CONTROL)
+
+
 def _log_to_stderr() -> None:
     """Our own lines only: what other libraries have to say is not about the command."""
     logger = logging.getLogger("fouroversix_plugin")
     if not logger.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("fouroversix: %(message)s"))
         logger.addHandler(handler)
 
 

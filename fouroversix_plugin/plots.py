@@ -107,7 +107,9 @@ def _figure(height: float, title: str, subtitle: str) -> tuple[Figure, Axes]:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_title(f"{title}\n", fontsize=16, loc="left", fontweight="bold")
-    below = axes.text(0, 1, f"{subtitle}\n", fontsize=12, color=_GREY, transform=axes.transAxes, linespacing=0.7)
+    # Names may have a $, which would begin a formula.
+    style: dict[str, Any] = {"fontsize": 12, "color": _GREY, "linespacing": 0.7, "parse_math": False}
+    below = axes.text(0, 1, f"{subtitle}\n", transform=axes.transAxes, **style)
     below.set_in_layout(False)  # the title has left room for it; a long one must not make the axes narrower
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(which="both", labelsize=12)
@@ -143,7 +145,8 @@ def _heat_map(comparison: Comparison) -> Figure:
         vmin=-limit if worse else low,
         vmax=limit if worse else high,
     )
-    axes.set_xticks(range(len(columns)), _column_labels(columns), rotation=0 if len(columns) <= 8 else 45)
+    rotation = 0 if len(columns) <= 8 else 45
+    axes.set_xticks(range(len(columns)), _column_labels(columns), rotation=rotation, parse_math=False)
     step = 1 if annotated else 2
     axes.set_yticks(range(0, len(rows), step), [str(row) if row >= 0 else "none" for row in rows[::step]], fontsize=11)
     axes.set_ylabel("layer", fontsize=13, labelpad=8)

@@ -7,6 +7,7 @@ import logging
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 import termios
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 import fouroversix_plugin as fos
 from fouroversix_plugin import cli
+from fouroversix_plugin.checkpoint import Checkpoint, load_checkpoint
 from fouroversix_plugin.doctor import examine_sglang
 from fouroversix_plugin.kernels import build
 from fouroversix_plugin.serving.sglang import register
@@ -305,6 +307,7 @@ def test_a_recipe_may_be_a_file(model: Path, tmp_path: Path, capsys: pytest.Capt
         (("{model}", "{tmp}/out", "--format", "modelopt"), "calibration"),
         (("{model}", "{tmp}/out", "--device", "cuda:9"), "--device: got 'cuda:9', which is not there"),
         (("{model}", "{tmp}/out", "--device", "gpu"), "--device: got 'gpu'"),
+        (("{model}", "{tmp}/out", "--ignore", ""), "ignore: got '' in it, needed a list of non-empty strings"),
         (("{model}", "{tmp}/out", "--device", "meta"), "--device: got 'meta', needed cpu or cuda"),
     ],
     ids=str,
@@ -326,6 +329,7 @@ def test_what_cannot_be_done_is_one_line_and_1(
         (("--recipe", "none/such.json"), "No such file"),
         (("--max-shard-size", "5XB"), "got '5XB', needed a size such as 5GB"),
         (("--max-shard-size", "0"), "got '0'"),
+        (("--max-shard-size", "9" * 400), "needed a size such as 5GB"),
         (("--format", "gguf"), "invalid choice: 'gguf'"),
         (("--resume", "--dry-run"), "not allowed with"),
     ],
@@ -448,6 +452,56 @@ def test_version_needs_neither_torch_nor_an_engine() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert (done.stdout, done.stderr) == (f"fouroversix {fos.__version__}\n0 set()\n", "")
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&-"])
+def test_a_stream_that_was_closed_takes_the_output_of_another_or_ends_the_command(
+    model: Path, tmp_path: Path, closed: str
+) -> None:
+    command = f"{sys.executable} -m fouroversix_plugin.cli"
+    script = f"{command} quantize --json {model} {tmp_path}/out {closed}; echo $? >&3; {command} inspect none {closed}"
+    with (tmp_path / "status").open("w") as status:
+        arguments = ["bash", "-c", f"exec 3>&{status.fileno()}; {script}; echo $? >&3"]
+        done = subprocess.run(
+            arguments, capture_output=True, text=True, timeout=60, pass_fds=[status.fileno()], check=True
+        )
+    assert (tmp_path / "status").read_text() == "0\n1\n"
+    assert "Traceback" not in done.stderr
+    if closed == "2>&-":
+        assert json.loads(done.stdout)["schema_version"] == 1, "no error of the second command either"
+    load_checkpoint(tmp_path / "out")
+
+
+def test_a_terminal_without_utf_8_gets_no_report(model: Path) -> None:
+    command = [sys.executable, "-m", "fouroversix_plugin.cli", "inspect", str(model)]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, timeout=60, env=environment, check=True)
+    assert b" \\u2192 " in done.stdout
+
+
+def test_a_terminal_obeys_the_names_in_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("model.layers.0.\x1b[2J\x9b31m.weight", "model.\rnorm.weight")
+    (tmp_path / "evil").mkdir()
+    save_file({names[0]: torch.ones(16, 16), names[1]: torch.ones(4)}, tmp_path / "evil" / "model.safetensors")
+    (tmp_path / "evil" / "config.json").write_text("{}")
+    texts = [
+        *run(capsys, "quantize", tmp_path / "evil", tmp_path / "out"),
+        *run(capsys, "inspect", tmp_path / "out"),
+        *run(capsys, "compare", tmp_path / "out", "--to", tmp_path / "evil"),
+        *run(capsys, "inspect", tmp_path / "\x1b[2J"),
+    ]
+    assert "model.layers.*.\\x1b[2J\\x9b31m" in texts[1]
+    assert not any(set(str(text)) & set("\x1b\x9b\r") for text in texts)
+
+
+def test_a_warning_has_the_name_of_the_command_once(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    (tmp_path / "model" / "orphan.safetensors").write_text("")
+    index = {"weight_map": dict.fromkeys(Checkpoint.open(model).tensors, "model.safetensors")}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    command = [sys.executable, "-m", "fouroversix_plugin.cli", "quantize", tmp_path / "model", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr == f"fouroversix: {tmp_path}/model: not in the index, ignored: orphan.safetensors\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["quantise"], ["doctor", "--jsno"]], ids=str)

@@ -317,6 +317,13 @@ def test_one_factor_among_many_layers_can_still_be_drawn(tmp_path: Path) -> None
     assert all(png_size(path)[0] == 1200 for path in paths)
 
 
+def test_a_dollar_in_a_name_begins_no_formula(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    target, source = converted(tmp_path, {"layers.0.a$b_{$.weight": torch.ones(16, 32)})
+    target = target.rename(tmp_path / "q$x^$")
+    plots.plot_comparison(compare_checkpoints(target, source), target, tmp_path / "plots")
+
+
 def test_a_long_name_leaves_the_axes_their_width() -> None:
     pytest.importorskip("matplotlib")
     figure, axes = plots._figure(5, "title", "a subtitle that goes on and on " * 8)
