@@ -34,6 +34,10 @@ _HOMES = {"CheckpointError": "checkpoint", "NVFP4Tensor": "nvfp4", "Recipe": "re
 _HOMES |= {"Scheme": "recipe", "load_checkpoint": "checkpoint", "preset": "recipe"}
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -44,6 +44,7 @@ def quantize(
     """
     recipe = Recipe() if recipe is None else recipe
     _check_recipe("recipe", recipe)
+    _check_tensor("x", x)
     _check_matrix("x", x)
     if granularity not in ("tensor", "token"):
         raise ValueError(f"granularity: got {granularity!r}, needed 'tensor' or 'token'")
@@ -84,7 +85,7 @@ def linear(
         x: [..., K] in bf16, fp16 or fp32.
         q: the weight W, [N, K].
         activations: None multiplies x as it is (W4A16); a recipe quantizes it per token first (W4A4).
-        bias: [N] or None.
+        bias: [N], floating point, or None.
         backend: a name of :func:`backends`; default the first that can.
 
     Returns:
@@ -93,12 +94,16 @@ def linear(
     Raises:
         ValueError: dtypes, shapes, devices or a backend that do not fit.
     """
-    flat = _flat(x)
+    flat = _flat("x", x)
     _check_matrix("x", flat)
     N = _check_weight("q", q, flat, dims=2)[0]
     _check_recipe("activations", activations)
-    if bias is not None and tuple(bias.shape) != (N,):
-        raise ValueError(f"bias: got shape {tuple(bias.shape)}, needed ({N},)")
+    if bias is not None:
+        _check_tensor("bias", bias)
+        if tuple(bias.shape) != (N,):
+            raise ValueError(f"bias: got shape {tuple(bias.shape)}, needed ({N},)")
+        if not bias.is_floating_point():
+            raise ValueError(f"bias: got {bias.dtype}, needed floating point")
     _check_device(x, bias=bias)
     chosen = select("linear", _scheme(activations), q.shape, x.device, backend)
     return chosen.linear(flat, q, activations, bias).reshape(*x.shape[:-1], N)
@@ -135,7 +140,7 @@ def moe(
     Raises:
         ValueError: dtypes, shapes, devices or a backend that do not fit.
     """
-    flat = _flat(x)
+    flat = _flat("x", x)
     _check_matrix("x", flat)
     E, twice_inner, H = _check_weight("w13", w13, flat, dims=3)
     _check_recipe("activations", activations)
@@ -147,12 +152,14 @@ def moe(
         raise ValueError(f"w2: got {tuple(w2.shape)} on {w2.device}, needed {needed} on {x.device} for this w13 and x")
     if activation not in ("silu", "gelu", "gelu_tanh"):
         raise ValueError(f"activation: got {activation!r}, needed 'silu', 'gelu' or 'gelu_tanh'")
-    weights, ids = _flat(topk_weights), _flat(topk_ids)
+    weights, ids = _flat("topk_weights", topk_weights), _flat("topk_ids", topk_ids)
     if weights.shape != ids.shape or ids.shape[0] != flat.shape[0] or ids.dtype not in _IDS:
         raise ValueError(
             f"topk_weights {tuple(topk_weights.shape)} and topk_ids {tuple(topk_ids.shape)} {topk_ids.dtype}: "
             f"needed the same shape, one row per token ({flat.shape[0]}), and integer ids"
         )
+    if not weights.is_floating_point():
+        raise ValueError(f"topk_weights: got {weights.dtype}, needed floating point")
     _check_device(x, topk_weights=topk_weights, topk_ids=topk_ids)
     chosen = select("moe", _scheme(activations), w13.shape, x.device, backend)
     out = chosen.moe(flat, w13, w2, weights, ids, activations, activation, apply_router_weight_on_input)
@@ -169,10 +176,18 @@ def _check_recipe(where: str, recipe: object) -> None:
         raise ValueError(f"{where}: got {type(recipe).__name__}, needed a Recipe{hint}")
 
 
-def _flat(x: Tensor) -> Tensor:
+def _flat(where: str, x: Tensor) -> Tensor:
+    _check_tensor(where, x)
     if x.ndim == 0:
-        raise ValueError("got a 0-d tensor, needed [..., columns]")
+        raise ValueError(f"{where}: got a 0-d tensor, needed [..., columns]")
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # spelled out: -1 is ambiguous when there are no tokens
+
+
+def _check_tensor(where: str, x: object) -> None:
+    """Other kinds would fail somewhere in torch, or have dtypes of the same names."""
+    if not isinstance(x, Tensor) or x.layout is not torch.strided:
+        got = f"a tensor of layout {x.layout}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{where}: got {got}, needed a dense torch.Tensor")
 
 
 def _check_matrix(where: str, x: Tensor) -> None:

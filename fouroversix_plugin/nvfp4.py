@@ -66,6 +66,15 @@ class NVFP4Tensor:
         if len(devices) > 1:
             raise ValueError(f"packed, block_scale and decode_scale: got devices {devices}, needed one")
 
+    def __getstate__(self) -> tuple[Tensor, Tensor, Tensor]:
+        # As bytes: pickle writes torch's float8 tensors, but does not read them.
+        return self.packed, self.block_scale.view(torch.uint8), self.decode_scale
+
+    def __setstate__(self, state: tuple[Tensor, Tensor, Tensor]) -> None:
+        packed, bytes_, decode_scale = state
+        for name, part in zip(self.__slots__, (packed, bytes_.view(torch.float8_e4m3fn), decode_scale), strict=True):
+            object.__setattr__(self, name, part)
+
     @property
     def shape(self) -> torch.Size:
         """Logical shape [..., M, K]."""
@@ -213,6 +222,7 @@ def _layout_index(layout: ScaleLayout, rows: int, columns: int, device: torch.de
     return tile * 32 + (r % 8) * 4 + c % 4
 
 
-def _dtype(what: str, tensor: Tensor, needed: torch.dtype) -> None:
-    if tensor.dtype != needed:
-        raise ValueError(f"{what}: got {tensor.dtype}, needed {needed}")
+def _dtype(what: str, tensor: object, needed: torch.dtype) -> None:
+    if not isinstance(tensor, Tensor) or tensor.dtype != needed:
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(f"{what}: got {got}, needed {needed}")

@@ -131,6 +131,8 @@ class Scheme:
 
     def __post_init__(self) -> None:
         _one_of("input_scale", self.input_scale, get_args(InputScale))
+        # Of a string, every letter would be a pattern.
+        object.__setattr__(self, "ignore", strings_at(self.ignore, "ignore"))
         for pattern in self.ignore:
             _check_pattern(pattern)
 
@@ -246,7 +248,7 @@ def load_scheme(path: Path) -> Scheme:
     """Read a file that holds exactly one ``quantization_config`` block."""
     try:
         return Scheme.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -299,8 +301,11 @@ def mapping_at(value: object, where: str) -> Mapping[str, Any]:
 
 def strings_at(value: object, where: str) -> tuple[str, ...]:
     """``value``, which must be a list of non-empty strings; ``where`` it stands is for the error."""
-    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) and item for item in value):
+    if not isinstance(value, (list, tuple)):
         raise ValueError(f"{where}: got {value!r}, needed a list of non-empty strings")
+    for item in value:
+        if not isinstance(item, str) or not item:
+            raise ValueError(f"{where}: got {item!r} in it, needed a list of non-empty strings")
     return tuple(value)
 
 

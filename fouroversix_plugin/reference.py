@@ -16,6 +16,7 @@ Non-finite input has one pinned result, the same on every backend:
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -269,9 +270,16 @@ def scaled_matmul(x: Tensor, weight: Tensor, token_scale: Tensor | None, decode_
     ``weight`` is e2m1 * block_scale [N, K], ``decode_scale`` [N]. With ``token_scale`` [M] (W4A4), x is
     e2m1 * block_scale too, and every product of the sum is exact in fp32.
     """
-    y = x.float() @ weight.float().T
+    with _without_autocast(x.device):
+        y = x.float() @ weight.float().T
     y = y if token_scale is None else y * token_scale.unsqueeze(-1)
     return y * decode_scale
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """It would round the operands of a product to bf16."""
+    there = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if there else nullcontext()
 
 
 def linear(

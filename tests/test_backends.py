@@ -636,6 +636,15 @@ def test_each_choice_is_logged_once_with_the_reasons_of_those_passed_over(log: p
     ]
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_autocast_does_not_round_operands(backend: str) -> None:
+    x, q = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)), weight(32, 64)
+    for activations in (None, Recipe()):
+        expected = fos.linear(x, q, activations, backend=backend)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_same_tensor(str(activations), fos.linear(x, q, activations, backend=backend), expected)
+
+
 # --- arguments ---
 
 W = weight(32, 64)
@@ -665,9 +674,15 @@ W = weight(32, 64)
         (lambda: fos.linear(torch.ones(2, 32), W), r"q: got \(32, 64\) on cpu, needed \[N, K\] with K = 32 on cpu"),
         (lambda: fos.linear(torch.ones(2, 64), W, bias=torch.ones(2)), r"bias: got shape \(2,\), needed \(32,\)"),
         (lambda: fos.linear(torch.ones(2, 64), W, bias=torch.ones(32, device="meta")), "bias: got a tensor on meta"),
+        (lambda: fos.linear(torch.ones(2, 64), W, bias=torch.ones(32).int()), "bias: got torch.int32, needed floating"),
+        (lambda: fos.linear(torch.ones(2, 64), W, bias=[0.0] * 32), "bias: got list, needed a dense torch.Tensor"),  # type: ignore[arg-type]
+        (lambda: fos.linear(W, torch.ones(2, 64)), "x: got NVFP4Tensor, needed a dense torch.Tensor"),  # type: ignore[arg-type]
+        (lambda: fos.quantize([[1.0] * 16]), "x: got list, needed a dense torch.Tensor"),  # type: ignore[arg-type]
+        (lambda: fos.quantize(torch.ones(2, 16).numpy()), "x: got ndarray, needed a dense torch.Tensor"),  # type: ignore[arg-type]
+        (lambda: fos.quantize(torch.ones(2, 16).to_sparse()), "x: got a tensor of layout torch.sparse_coo, needed"),
         (lambda: fos.linear(torch.ones(2, 64), torch.ones(32, 64)), "q: got Tensor, needed an NVFP4Tensor"),  # type: ignore[arg-type]
         (lambda: fos.dequantize(torch.ones(32, 64)), "q: got Tensor, needed an NVFP4Tensor"),  # type: ignore[arg-type]
-        (lambda: fos.linear(torch.ones(()), W), "got a 0-d tensor"),
+        (lambda: fos.linear(torch.ones(()), W), "x: got a 0-d tensor"),
         (lambda: fos.linear(torch.ones(2, 64), experts()[0]), r"q: got \(4, 96, 64\) on cpu, needed \[N, K\]"),
         (lambda: moe(w2=experts(inner=32)[1]), r"w2: got \(4, 64, 32\) on cpu, needed \(4, 64, 48\) on cpu"),
         (lambda: moe(w2=torch.ones(4, 64, 48)), "w2: got Tensor, needed an NVFP4Tensor"),
@@ -681,6 +696,7 @@ W = weight(32, 64)
         (lambda: moe(topk_ids=torch.zeros(3, 1).int()), r"topk_weights \(3, 2\) and topk_ids \(3, 1\)"),
         (lambda: moe(topk_ids=torch.zeros(3, 2).bool()), r"topk_ids \(3, 2\) torch.bool: needed .* integer ids"),
         (lambda: moe(w13=quantize_weight("w13", torch.ones(4, 97, 64), Recipe())), "w13: got 97 rows"),
+        (lambda: moe(topk_weights=torch.ones(3, 2).int()), "topk_weights: got torch.int32, needed floating point"),
         (lambda: moe(topk_ids=torch.zeros(3, 2)), r"topk_ids \(3, 2\) torch.float32: needed .* integer ids"),
         (lambda: moe(x=torch.ones(4, 64)), r"one row per token \(4\)"),
     ],

@@ -186,7 +186,12 @@ def test_importing_the_kernels_imports_no_engine() -> None:
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
+def test_type_checkers_of_users_take_the_annotations() -> None:
+    assert (PACKAGE / "py.typed").exists()
+
+
 def test_public_names_resolve_and_no_others() -> None:
     assert {getattr(fos, name).__name__ for name in fos.__all__} == set(fos.__all__)
+    assert set(fos.__all__) <= set(dir(fos)), "for completion"
     with pytest.raises(AttributeError, match="module 'fouroversix_plugin' has no attribute 'quantise'"):
         fos.quantise  # noqa: B018

@@ -1,5 +1,8 @@
 """The format: where every nibble and every scale lies, and which tensors do not fit together."""
 
+import copy
+import io
+import pickle
 import re
 from typing import Any
 
@@ -138,6 +141,7 @@ def tensor(*lead: int, rows: int = 2, columns: int = 32, per_row: bool = False) 
     ("change", "message"),
     [
         ({"packed": torch.zeros(2, 16, dtype=torch.int8)}, "packed: got torch.int8, needed torch.uint8"),
+        ({"packed": [[0] * 16] * 2}, "packed: got list, needed torch.uint8"),
         ({"block_scale": torch.zeros(2, 2, dtype=torch.uint8)}, f"block_scale: got torch.uint8, needed {E4M3}"),
         ({"block_scale": torch.zeros(2, 2)}, f"block_scale: got torch.float32, needed {E4M3}"),
         (
@@ -168,6 +172,18 @@ def test_parts_that_do_not_fit_together_are_refused(change: dict[str, Tensor], m
     parts = {"packed": q.packed, "block_scale": q.block_scale, "decode_scale": q.decode_scale}
     with pytest.raises(ValueError, match=re.escape(message)):
         NVFP4Tensor(**{**parts, **change})
+
+
+def test_copies_and_files_lose_nothing() -> None:
+    # pickle alone cannot read torch's float8 tensors.
+    q = tensor(3, per_row=True)
+    assert_same_bytes(pickle.loads(pickle.dumps(q)), q)
+    assert_same_bytes(copy.deepcopy(q), q)
+    file = io.BytesIO()
+    torch.save(q, file)
+    with torch.serialization.safe_globals([NVFP4Tensor]):
+        file.seek(0)
+        assert_same_bytes(torch.load(file), q)
 
 
 def test_experts_need_a_decode_scale_each() -> None:

@@ -84,9 +84,10 @@ def test_bad_scheme_file_is_named(tmp_path: Any) -> None:
     path.write_text(json.dumps(changed("weights.metric", "MSE")))
     with pytest.raises(ValueError, match=r"mine\.json: quantization_config\.weights\.metric: got 'MSE'"):
         load_scheme(path)
-    path.write_text("{")
-    with pytest.raises(ValueError, match=r"mine\.json"):
-        load_scheme(path)
+    for text in ("{", "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"mine\.json"):
+            load_scheme(path)
 
 
 # --- strictness ---
@@ -299,6 +300,14 @@ def test_ignore_matches_whole_names_as_globs(pattern: str, ignored: list[str], k
 def test_a_broken_regular_expression_in_ignore_is_named() -> None:
     with pytest.raises(ValueError, match=r"ignore: 're:\(lm_head' is no regular expression"):
         Scheme(ignore=("re:(lm_head",))
+
+
+@pytest.mark.parametrize("ignore", ["*.gate", [""], (1,), None], ids=str)
+def test_an_ignore_list_that_could_not_be_read_again_is_refused(ignore: Any) -> None:
+    # Of a string, every letter would be a pattern: a star ignores the whole model.
+    with pytest.raises(ValueError, match=r"ignore: got .*, needed a list of non-empty strings"):
+        Scheme(ignore=ignore)
+    assert Scheme(ignore=["lm_head"]).ignore == ("lm_head",)  # type: ignore[arg-type]
 
 
 def test_static_activations_survive_the_disk() -> None:
