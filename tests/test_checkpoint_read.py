@@ -518,6 +518,8 @@ def test_a_damaged_layer_does_not_hide_the_others(tmp_path: Path) -> None:
     tensors[f"{LAYER}.weight_scale_2"] = torch.tensor(-1.0)
     loaded = load_checkpoint(write_family(tmp_path / "c", "modelopt", tensors))
     loaded["layers.0.o_proj.weight"]
+    assert f"{LAYER}.weight" in loaded, "asking for a name reads nothing"
+    assert "layers.9" not in loaded
     with pytest.raises(CheckpointError, match=rf"{LAYER}\.weight_scale_2: got -1\.0"):
         loaded[f"{LAYER}.weight"]
 

@@ -1113,6 +1113,25 @@ def test_an_empty_folder_may_be_overwritten(source: Path, tmp_path: Path) -> Non
     assert (tmp_path / "out" / "config.json").exists()
 
 
+def test_what_cannot_be_removed_is_found_after_the_work(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize_checkpoint(source, tmp_path / "out", W4A16)
+    (tmp_path / "out" / "below").mkdir(mode=0o555)
+    # As for anybody but root.
+    monkeypatch.setattr(os, "access", lambda path, mode: bool(os.stat(path).st_mode & 0o200))
+    before = contents(tmp_path)
+    refuse_before_the_work(source, tmp_path / "out", "out/below: is write-protected .*out is not overwritten")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["circle", "circle/out"])
+def test_links_in_a_circle_are_one_clear_error(source: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "circle").symlink_to("back")
+    (tmp_path / "back").symlink_to("circle")
+    refuse_before_the_work(source, tmp_path / name, "is no checkpoint|Too many levels of symbolic links")
+
+
 @pytest.mark.parametrize("name", ["out.partial", "out.replaced"])
 def test_a_folder_of_the_user_beside_the_target_is_not_removed(source: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()

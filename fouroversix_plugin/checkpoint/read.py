@@ -120,6 +120,9 @@ class LoadedCheckpoint(Mapping[str, "NVFP4Tensor | Tensor"]):
         except ValueError as error:
             raise CheckpointError(f"{self.checkpoint.folder}: {error}") from error
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights or name in self.checkpoint.tensors  # Mapping's own reads and checks the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(sorted([*self._weights, *self._others]))
 

@@ -40,9 +40,10 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{target}: has no name of its own, needed a folder to make, such as {target / 'NAME'}")
     with suppress(FileNotFoundError, NotADirectoryError):
         _replaced(target).lstat()  # of all these names the longest: better now than after the work
-    if target.resolve() == source.resolve():
+    real, start = (Path(os.path.realpath(path)) for path in (target, source))  # never fails, as links in a circle would
+    if real == start:
         raise CheckpointError(f"{target}: is the source itself; name another folder")
-    if source.resolve() in target.resolve().parents:
+    if start in real.parents:
         raise CheckpointError(f"{target}: lies inside the source; name a folder outside of {source}")
     if not target.exists() and not target.is_symlink():
         return
@@ -50,10 +51,14 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{target}: exists already; name another folder, or replace it with --overwrite")
     if not target.is_dir() or (any(target.iterdir()) and not (target / CONFIG).is_file()):
         raise CheckpointError(f"{target}: is no checkpoint (it has no {CONFIG}), so it is not overwritten")
-    if target.resolve() in source.resolve().parents:
+    if real in start.parents:
         raise CheckpointError(f"{target}: holds the source, so it is not overwritten")
     if target.is_mount():
         raise CheckpointError(f"{target}: is a mount point, which cannot be replaced; name a folder in it")
+    folders = () if target.is_symlink() else (folder for folder, _, _ in os.walk(target))
+    locked = next((folder for folder in folders if not os.access(folder, os.W_OK | os.X_OK)), None)
+    if locked is not None:
+        raise CheckpointError(f"{locked}: is write-protected and could not be removed, so {target} is not overwritten")
 
 
 @contextmanager
