@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument(
         "--ignore",
         metavar="GLOB",
+        type=_glob,
         nargs="+",
         action="extend",
         default=[],
@@ -209,6 +210,12 @@ def _scheme(text: str) -> Scheme:
         return load_scheme(Path(text)) if text.endswith(".json") or "/" in text else preset(text)
     except (ValueError, OSError) as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _glob(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("got '', needed the name of a module, or a pattern")
+    return text
 
 
 def _size(text: str) -> int:

@@ -139,7 +139,7 @@ def _heat_map(comparison: Comparison) -> Figure:
     worse = high > 0  # then colours part at 0: better than plain or not
     limit = min(max(-low, high), _STRONGEST)
     image = axes.imshow(
-        percent,
+        percent.numpy(),
         aspect="auto",
         cmap="PuOr_r" if worse else "YlGnBu_r",
         vmin=-limit if worse else low,

@@ -131,8 +131,11 @@ class Scheme:
 
     def __post_init__(self) -> None:
         _one_of("input_scale", self.input_scale, get_args(InputScale))
-        # Of a string, every letter would be a pattern.
-        object.__setattr__(self, "ignore", strings_at(self.ignore, "ignore"))
+        ignore: object = self.ignore
+        if isinstance(ignore, (list, tuple)):
+            # What an engine's mapping of names leaves of one may be empty: it matches nothing, but no config has such.
+            ignore = [pattern for pattern in ignore if pattern != ""]
+        object.__setattr__(self, "ignore", strings_at(ignore, "ignore"))  # of a string, letters would be patterns
         for pattern in self.ignore:
             _check_pattern(pattern)
 
