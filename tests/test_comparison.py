@@ -19,7 +19,7 @@ import fouroversix_plugin as fos
 from fouroversix_plugin import comparison as module_under_test
 from fouroversix_plugin import plots
 from fouroversix_plugin.checkpoint import CheckpointError, load_checkpoint, quantize_checkpoint
-from fouroversix_plugin.comparison import PLAIN, Comparison, compare_checkpoints
+from fouroversix_plugin.comparison import MEAN_RATIO_RANGE, PLAIN, Comparison, compare_checkpoints
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
 from fouroversix_plugin.recipe import Recipe
 
@@ -166,6 +166,25 @@ def test_a_scale_decoded_for_another_range_fails_by_its_mean_ratio(tmp_path: Pat
     assert torch.nn.functional.cosine_similarity(fos.dequantize(q).flatten(), x.flatten(), 0) > 0.99
     text = comparison.text()
     assert f"FAILED: the mean ratio of 1 of 3 weights, such as {names[1]}" in text
+
+
+def test_rounding_of_few_values_is_not_taken_for_another_range(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    names = [f"model.layers.{i}.mlp.down_proj" for i in range(300)]
+    shapes = [(1, 16), (4, 16), (16, 16)] * 100
+    tensors = {
+        f"{name}.weight": torch.randn(shape, generator=generator) for name, shape in zip(names, shapes, strict=True)
+    }
+    target, source = converted(tmp_path, tensors)
+    comparison = compare_checkpoints(target, source)
+    ratios = [layer.errors.error.mean_ratio for layer in comparison.layers]
+    assert min(ratios) < MEAN_RATIO_RANGE[0]
+    assert not comparison.failed
+    assert "or for few values as near as rounding explains" in comparison.text()
+    for factor in (256 / 448, 448 / 256):
+        altered(target, {f"{name}.weight_scale_2": factor for name in names})
+        assert all(layer.errors.failed for layer in compare_checkpoints(target, source).layers)
+        altered(target, {f"{name}.weight_scale_2": 1 / factor for name in names})
 
 
 def test_weights_of_another_source_fail(tmp_path: Path) -> None:
