@@ -1037,6 +1037,7 @@ def test_a_target_that_cannot_get_its_name_is_found_after_the_work(
 ) -> None:
     long = "d" * 240  # fits, as does its .partial
     refuse_before_the_work(source, tmp_path / long, "cannot be written.*File name too long")
+    refuse_before_the_work(source, tmp_path / os.fsdecode(b"\xff"), "got a name that is not UTF-8")
     (tmp_path / "empty" / "below").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "empty" / "below")
     for name in (".", "..", "/"):

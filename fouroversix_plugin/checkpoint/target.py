@@ -38,6 +38,10 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
     """
     if target.name in ("", ".."):
         raise CheckpointError(f"{target}: has no name of its own, needed a folder to make, such as {target / 'NAME'}")
+    try:
+        str(target).encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"{target}: got a name that is not UTF-8, which safetensors needs") from error
     with suppress(FileNotFoundError, NotADirectoryError):
         _replaced(target).lstat()  # of all these names the longest: better now than after the work
     real, start = (Path(os.path.realpath(path)) for path in (target, source))  # never fails, as links in a circle would
