@@ -42,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of stdout left: nothing more to say to anyone
         return 1
-    except (ValueError, OSError) as error:
-        print(f"fouroversix: error: {_printable(str(error))}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"fouroversix: error: {_printable(str(error)) or 'out of memory'}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("fouroversix: interrupted", file=sys.stderr)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 import fouroversix_plugin as fos
 from fouroversix_plugin import cli
-from fouroversix_plugin.checkpoint import Checkpoint, load_checkpoint
+from fouroversix_plugin.checkpoint import Checkpoint, files, load_checkpoint
 from fouroversix_plugin.doctor import examine_sglang
 from fouroversix_plugin.kernels import build
 from fouroversix_plugin.serving.sglang import register
@@ -492,6 +492,23 @@ def test_a_terminal_obeys_the_names_in_a_checkpoint(tmp_path: Path, capsys: pyte
     ]
     assert "model.layers.*.\\x1b[2J\\x9b31m" in texts[1]
     assert not any(set(str(text)) & set("\x1b\x9b\r") for text in texts)
+
+
+def test_no_memory_is_a_traceback(model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    def full(*arguments: Any, **options: Any) -> Any:
+        raise RuntimeError("unable to mmap 5000000000 bytes: Cannot allocate memory (12)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "safe_open", full)
+        code, _, err = run(capsys, "inspect", model)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "model.safetensors: not a readable safetensors file: unable to mmap" in err
+
+    def none(*arguments: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(Checkpoint, "open", none)
+    assert run(capsys, "inspect", model) == (1, "", "fouroversix: error: out of memory\n")
 
 
 def test_a_warning_has_the_name_of_the_command_once(model: Path, tmp_path: Path) -> None:

@@ -293,7 +293,7 @@ def _header(folder: Path, file: str) -> dict[str, StoredTensor]:
         return {name: _stored(file, data, name, entry) for name, entry in entries.items()}
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (SafetensorError, ValueError, RecursionError) as error:
+    except (SafetensorError, ValueError, RuntimeError) as error:  # RuntimeError: deep nesting, or no room to map it
         message = f"{path}: not a readable safetensors file: {error}{_what_is_wrong(path)}"
         raise CheckpointError(message) from error
 
