@@ -86,6 +86,8 @@ VLLM = Engine(
         "vllm.transformers_utils.repo_utils": ("get_hf_file_to_dict(file_name, model, revision)",),
         f"{_LAYERS}.quantization": ("register_quantization_config(quantization)", "_CUSTOMIZED_METHOD_TO_QUANT_CONFIG"),
         f"{_LAYERS}.quantization.base_config": ("QuantizationConfig()", "QuantizeMethodBase"),
+        f"{_LAYERS}.quantization.kv_cache": ("BaseKVCacheMethod(quant_config)",),
+        f"{_LAYERS}.attention": ("Attention", "MLAAttention"),
         f"{_LAYERS}.linear": (
             "LinearBase",
             "LinearMethodBase()",
@@ -105,12 +107,13 @@ VLLM = Engine(
         "vllm.model_executor.utils": ("replace_parameter(layer, param_name, _)", "set_weight_attrs(_, _)"),
     },
     handed={
-        "vllm.config:VllmConfig": ("load_config", "lora_config"),
+        "vllm.config:VllmConfig": ("additional_config", "load_config", "lora_config"),
         "vllm.config:LoadConfig": ("load_format", "model_loader_extra_config"),
         "vllm.distributed.parallel_state:GroupCoordinator": ("device_group",),
         "vllm.model_executor.model_loader.reload.types:LayerReloadingInfo": ("load_numel", "loaded_weights"),
         "vllm.model_executor.models.utils:WeightsMapper": ("apply_list(_)",),
         f"{_LAYERS}.quantization.base_config:QuantizationConfig": ("packed_modules_mapping",),
+        f"{_LAYERS}.attention:Attention": ("kv_cache_dtype",),
         f"{_LAYERS}.linear:LinearBase": ("params_dtype", "tp_size"),
         f"{_LAYERS}.linear:QKVParallelLinear": ("head_size", "total_num_heads", "total_num_kv_heads"),
         f"{_MOE}:FusedMoEMethodBase": ("moe",),
@@ -180,7 +183,7 @@ VLLM = Engine(
         f"{_MOE}.routed_experts": ("weight_loader", "quant_method", "block", "tensor"),
         f"{_MOE}.activation": ("silu", "gelu", "gelu_tanh"),
     },
-    variables=("self", "layer", "group", "hf_to_vllm_mapper", "load_config"),
+    variables=("self", "layer", "group", "hf_to_vllm_mapper", "load_config", "vllm_config"),
     not_theirs=(
         "register_parameter",
         "register_buffer",

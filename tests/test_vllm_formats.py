@@ -14,6 +14,7 @@ from engines import (
     PLAIN,
     calibrated,
     dequantized,
+    distance,
     flat,
     options,
     reference_experts,
@@ -88,6 +89,19 @@ def as_fouroversix(module: str, q: fos.NVFP4Tensor) -> dict[str, torch.Tensor]:
     }
 
 
+def with_cache_scales(source: Path, target: Path) -> Path:
+    """A copy that asks for a KV cache in FP8 and holds its scales, as NVIDIA's do."""
+    shutil.copytree(source, target)
+    held = load_file(target / "model.safetensors")
+    for module in [name.removesuffix(".weight") for name in held if name.endswith(("k_proj.weight", "v_proj.weight"))]:
+        held[f"{module}.{module[-6]}_scale"] = torch.tensor(0.1)
+    save_file(held, target / "model.safetensors")
+    config = json.loads((target / "config.json").read_text())
+    config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "float", "dynamic": False}
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
 def static_activations(scheme: fos.Scheme) -> dict[str, Any]:
     return dataclasses.replace(scheme, input_scale="static").to_dict()
 
@@ -120,6 +134,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "ours": {"model": str(folder / "w4a16")},
         "ours W4A4": {"model": str(folder / "w4a4")},
         "modelopt": {"model": str(folder / "modelopt"), "options": OURS},
+        "modelopt, cache in FP8": {"model": str(folder / "modelopt"), "options": OURS | {"kv_cache_dtype": "fp8"}},
+        "modelopt, cache with scales": {
+            "model": str(with_cache_scales(folder / "modelopt", folder / "cache")),
+            "options": OURS,
+        },
         "compressed-tensors": {"model": str(folder / "compressed-tensors"), "options": OURS},
         "compressed-tensors, asked for W4A4": {
             "model": str(folder / "compressed-tensors"),
@@ -152,6 +171,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 )
 def test_another_spelling_gives_another_answer(served: dict[str, Any], spelled: str, ours: str) -> None:
     assert torch.equal(flat(served[spelled]), flat(served[ours]))
+
+
+def test_scales_of_a_cache_in_fp8_are_passed_over(served: dict[str, Any]) -> None:
+    usual, unscaled, scaled = (flat(served[f"modelopt{how}"]) for how in ("", ", cache in FP8", ", cache with scales"))
+    assert not torch.equal(scaled, unscaled)
+    assert distance(scaled, usual) < 0.2
 
 
 def test_merged_projections_with_scales_of_their_own_are_garbled(served: dict[str, Any]) -> None:

@@ -67,7 +67,10 @@ def served(
         ValueError: no config, a checkpoint quantized with something else, or options that do not fit it.
     """
     if config is None:
-        raise ValueError(f"{model}: config.json not found, needed to see how the weights are stored")
+        raise ValueError(
+            f"{model}: config.json not found, needed to see how the weights are stored; serve the checkpoint as "
+            "transformers has it (Mistral's params.json is not read)"
+        )
     scheme = preset(QUANT_METHOD) if asked is None else asked
     block = quantization_block(config, hf_quant_config)
     if block is None:

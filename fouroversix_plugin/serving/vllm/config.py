@@ -6,8 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
 from fouroversix_plugin.checkpoint.files import HF_QUANT_CONFIG
@@ -15,7 +17,7 @@ from fouroversix_plugin.formats import Format
 from fouroversix_plugin.recipe import QUANT_METHOD, Scheme, preset
 from fouroversix_plugin.serving.layer import LoadReport
 from fouroversix_plugin.serving.scheme import claims, fused_shards, served
-from fouroversix_plugin.serving.vllm.linear import OnlineLinearMethod, StoredLinearMethod
+from fouroversix_plugin.serving.vllm.linear import OnlineLinearMethod, StoredLinearMethod, spellings
 
 
 class FourOverSixConfig(QuantizationConfig):
@@ -62,6 +64,11 @@ class FourOverSixConfig(QuantizationConfig):
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Look into the checkpoint's own files: options of --hf-overrides reach ``from_config`` like its block."""
+        if getattr(self, "online_quantization_config", None) is not None:
+            raise ValueError(
+                f"{model_name}: got --quantization-config, needed none: it is for vLLM's own methods; options of "
+                f"{QUANT_METHOD} go into --hf-overrides"
+            )
         on_disk = get_hf_file_to_dict("config.json", model_name, revision)
         older = get_hf_file_to_dict(HF_QUANT_CONFIG, model_name, revision)
         found = served(model_name, self.asked, on_disk, older)
@@ -74,11 +81,14 @@ class FourOverSixConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, LinearBase):
-            if self.scheme.ignores(prefix, fused_shards(prefix, self.packed_modules_mapping)):
+            if any(self.scheme.ignores(n, fused_shards(n, self.packed_modules_mapping)) for n in spellings(prefix)):
                 return UnquantizedLinearMethod()
             if self.stored is None:
                 return OnlineLinearMethod(self.scheme, self.report, prefix)
             return StoredLinearMethod(self.scheme, self.report, prefix, self.stored)
+        if isinstance(layer, (Attention, MLAAttention)):
+            # Scales of a KV cache in FP8, which some checkpoints ask for. vLLM has e5m2 without any.
+            return BaseKVCacheMethod(self) if self.stored and layer.kv_cache_dtype != "fp8_e5m2" else None
         # Experts are known by the name of their class or a parent's, and the MoE half is imported where it is needed: a
         # class renamed there must not cost dense models the plugin.
         if all(parent.__name__ != "RoutedExperts" for parent in type(layer).__mro__):

@@ -43,11 +43,30 @@ ONLINE_LOADER = "online_process_loader"
 LATENCY_GEMM = "_use_min_latency_gemm"
 """Whether DeepSeek's latent attention multiplies by ``layer.weight`` itself."""
 
+BEFORE_NAMES = ("draft_model.", "model.")
+"""What vLLM puts before a checkpoint's names: of a draft model, and of one that was saved without its head."""
+
+OF_VLLM = ("sharded_state", "runai_streamer_sharded", "tensorizer")
+"""Load formats whose files hold a model as an engine held it."""
+
+FORMS = "fouroversix weights"
+"""Where a vLLM config says in what forms weights were prepared."""
+
+
+def spellings(prefix: str) -> list[str]:
+    """The name of a module in vLLM, then those it may have in its checkpoint."""
+    names = [prefix]
+    for before in BEFORE_NAMES:
+        if names[-1].startswith(before):
+            names.append(names[-1].removeprefix(before))
+    return names
+
 
 class _LinearMethod(LinearMethodBase):
     def __init__(self, scheme: Scheme, report: neutral.LoadReport, prefix: str) -> None:
         self.scheme, self.report, self.prefix = scheme, report, prefix
         self.output_size = 0
+        self.vllm_config: Any = None
 
     def create_weights(
         self,
@@ -61,7 +80,7 @@ class _LinearMethod(LinearMethodBase):
     ) -> None:
         neutral.check_input_size(self.prefix, input_size_per_partition, input_size)
         self.report.expect(self.prefix)
-        self.output_size = output_size
+        self.output_size, self.vllm_config = output_size, get_current_vllm_config()
         layer.logical_widths = output_partition_sizes
         layer.input_size_per_partition = input_size_per_partition
         layer.output_size_per_partition = sum(output_partition_sizes)
@@ -85,7 +104,8 @@ class _LinearMethod(LinearMethodBase):
         if getattr(layer, DONE, False):
             return
         q = self._quantized(layer)
-        install(layer, "", neutral.prepare_linear(self.prefix, q, self.scheme, self.report, layer.params_dtype))
+        prepared = neutral.prepare_linear(self.prefix, q, self.scheme, self.report, layer.params_dtype)
+        install(layer, "", prepared, self.vllm_config)
         setattr(layer, DONE, True)
         if hasattr(layer, LATENCY_GEMM):  # decided by the weight that was here
             setattr(layer, LATENCY_GEMM, False)
@@ -189,8 +209,19 @@ def loads_weights() -> bool:
     return load_format != "dummy"
 
 
+def check_load_format(name: str) -> None:
+    """Refuse files of weights as they were prepared: for which kernels, no file says."""
+    load_format = str(get_current_vllm_config().load_config.load_format)
+    if load_format in OF_VLLM:
+        raise ValueError(
+            f"{name}: got --load-format {load_format}, whose files hold weights as one machine prepared them, needed "
+            "the checkpoint they were loaded from; leave the flag out"
+        )
+
+
 def check_loading(name: str, ranks: int) -> None:
     """Refuse ways of loading in which a layer's weights cannot be quantized meanwhile, by so many ranks together."""
+    check_load_format(name)
     load_config = get_current_vllm_config().load_config
     neutral.check_loading_order(name, ranks, str(load_config.load_format), load_config.model_loader_extra_config)
     offload = getattr(get_current_vllm_config(), "offload_config", None)
@@ -200,7 +231,8 @@ def check_loading(name: str, ranks: int) -> None:
 
 
 def check_loads_weights(name: str) -> None:
-    """Refuse to fill a stored weight with random bytes, which are no block scales."""
+    """Refuse to fill a stored weight with random bytes, which are no block scales, or with prepared ones."""
+    check_load_format(name)
     if not loads_weights():
         refuse_random_bytes(name)
 
@@ -246,7 +278,15 @@ def reduce_max_over(group: Any) -> Callable[[Tensor], Tensor]:
     return reduce
 
 
-def install(layer: Any, stem: str, prepared: PreparedWeight) -> None:
-    """Replace what was loaded under ``stem`` by the prepared weight, as parameters that vLLM can reload in place."""
+def install(layer: Any, stem: str, prepared: PreparedWeight, vllm_config: Any) -> None:
+    """Replace what was loaded under ``stem`` by the prepared weight, as parameters that vLLM can reload in place.
+
+    vLLM's cache of compiled code does not look at weights. It asks ``vllm_config``, which tells it here for which
+    kernels they were prepared: those change with a compiler, and with versions of this package.
+    """
+    more = vllm_config.additional_config
     for name, tensor in prepared_parameters(prepared):
         replace_parameter(layer, stem + name, tensor)
+        if isinstance(more, dict):
+            form = f"{stem}{name} {None if tensor is None else (tensor.dtype, *tensor.shape)}"
+            more[FORMS] = sorted({*more.get(FORMS, []), form})

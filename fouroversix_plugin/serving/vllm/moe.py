@@ -39,6 +39,7 @@ from fouroversix_plugin.serving.vllm.linear import (
     install,
     loads_weights,
     reduce_max_over,
+    spellings,
 )
 from fouroversix_plugin.weights import of_experts, quantize_weight
 
@@ -52,9 +53,10 @@ def method_for(
     """
     base = prefix.removesuffix(".routed_experts")
     projections = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
-    experts = [f"{base}.{e}.{name}" for e in range(layer.global_num_experts) for name in projections if name]
-    if scheme.ignores(base, experts) or scheme.ignores(prefix):
-        return UnquantizedFusedMoEMethod(layer.moe_config)
+    for name in spellings(base):
+        experts = [f"{name}.{e}.{w}" for e in range(layer.global_num_experts) for w in projections if w]
+        if scheme.ignores(name, experts) or scheme.ignores(f"{name}{prefix.removeprefix(base)}"):
+            return UnquantizedFusedMoEMethod(layer.moe_config)
     if form is None:
         return OnlineMoEMethod(layer, scheme, report, base)
     return StoredMoEMethod(layer, scheme, report, base, form)
@@ -64,6 +66,7 @@ class _MoEMethod(FusedMoEMethodBase):
     def __init__(self, layer: Any, scheme: Scheme, report: neutral.LoadReport, prefix: str) -> None:
         super().__init__(layer.moe_config)
         self.scheme, self.report, self.prefix = scheme, report, prefix
+        self.vllm_config = get_current_vllm_config()
         self._refuse_unsupported(layer)
 
     def _refuse_unsupported(self, layer: Any) -> None:
@@ -113,8 +116,8 @@ class _MoEMethod(FusedMoEMethodBase):
             return
         w13, w2 = self._quantized(layer, "w13_"), self._quantized(layer, "w2_")
         prepared = neutral.prepare_experts(self.prefix, w13, w2, self.scheme, self.report, layer.params_dtype)
-        install(layer, "w13_", prepared[0])
-        install(layer, "w2_", prepared[1])
+        install(layer, "w13_", prepared[0], self.vllm_config)
+        install(layer, "w2_", prepared[1], self.vllm_config)
         setattr(layer, DONE, True)
 
     def _quantized(self, layer: Any, stem: str) -> NVFP4Tensor:
