@@ -319,12 +319,13 @@ def moe(
     Gate, up and their product are rounded to the dtype of x, as separate kernels would hold them; with
     ``activations`` both x and the product are quantized per token, or for ``input_amax`` and ``inner_amax`` (fp32 []).
     The top-k sum runs in fp32 over the slots in order.
-    ``topk_ids`` [M, top_k] outside 0..E-1 (an expert of another rank is -1) contribute nothing.
+    ``topk_ids`` [M, top_k] outside 0..E-1 (an expert of another rank is -1) contribute nothing, whatever their weight.
 
     Every expert sees every token, so that no shape or branch depends on the routing (CUDA graphs).
     """
     M, top_k = topk_ids.shape
     topk_ids = topk_ids.long()  # narrower ones are compared with the number of an expert cut to their width
+    topk_weights = weights_of_experts(topk_weights, topk_ids, w13.shape[0])
     half, H = w13.shape[-2] // 2, w2.shape[-2]
     rows = x.unsqueeze(1)  # [M, 1, H]: what an expert sees of a token ...
     if apply_router_weight_on_input:
@@ -336,6 +337,11 @@ def moe(
         y = _matmul(hidden, w2[e], activations, inner_amax).unflatten(0, rows.shape[:2])
         slots = torch.where((topk_ids == e).unsqueeze(-1), y, slots)
     return combine(slots, topk_weights, apply_router_weight_on_input).to(x.dtype)
+
+
+def weights_of_experts(topk_weights: Tensor, topk_ids: Tensor, experts: int) -> Tensor:
+    """Router weights, 0 where there is no such expert: those may be NaN, and 0 times that is no 0."""
+    return torch.where((topk_ids >= 0) & (topk_ids < experts), topk_weights, 0.0)
 
 
 def combine(slots: Tensor, topk_weights: Tensor, apply_router_weight_on_input: bool) -> Tensor:

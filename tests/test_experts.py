@@ -218,6 +218,23 @@ def test_a_token_goes_to_another_expert(products: Products, tokens: int, activat
         assert_same_tensor(f"{what}, no expert", y[nobody], torch.zeros_like(y[nobody]))
 
 
+@by_place
+@by_scheme
+@everywhere
+def test_the_weight_of_nobodys_slot_counts(products: Products, activations: Recipe | None, on_input: bool) -> None:
+    E, H = 4, 64
+    g = generator(products.device, "nobody's weights")
+    experts = products.experts(*random_experts(E, H, 32, g), torch.bfloat16)
+    for tokens in (1, 40):
+        x, (weights, ids) = random_x(tokens, H, torch.bfloat16, g), routing(tokens, E, 2, g)
+        ids[:, 0] = torch.where(torch.arange(tokens, device=ids.device) % 2 == 0, -1, E)
+        expected = experts(x, weights, ids, activations, "silu", on_input)
+        for odd in (torch.nan, torch.inf):
+            weights[:, 0] = odd
+            y = experts(x, weights, ids, activations, "silu", on_input)
+            assert_same_tensor(f"{tokens} tokens, {odd}", y, expected)
+
+
 @by_scheme
 @everywhere
 def test_strides_of_operands_change_a_bit(products: Products, activations: Recipe | None) -> None:

@@ -485,6 +485,6 @@ def combine(slots, topk_weights, topk_ids, out, top_k, experts, columns, COLUMNS
         ours = (expert >= 0) & (expert < experts)
         y = tl.load(slots + (token * top_k + k) * columns + column, column < tl.where(ours, columns, 0), other=0.0)
         if WEIGHTED:
-            y *= _widen(tl.load(topk_weights + token * top_k + k))
+            y *= _widen(tl.load(topk_weights + token * top_k + k, ours, other=0.0))
         total += y
     tl.store(out + token * columns + column, _narrow(total, out.dtype.element_ty), column < columns)
