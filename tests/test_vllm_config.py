@@ -30,7 +30,7 @@ def test_names_of_a_draft_model_or_of_one_without_a_head_are_not_ignored(said: d
 
 
 def test_scales_of_a_cache_are_left_in_the_checkpoint(said: dict[str, Any]) -> None:
-    assert said["cache"] == ["BaseKVCacheMethod", "NoneType", "NoneType"]
+    assert said["cache"] == ["BaseKVCacheMethod", "NoneType", "NoneType", "NoneType"]
 
 
 def test_code_compiled_for_weights_in_one_form_is_run_with_another(said: dict[str, Any]) -> None:

@@ -75,7 +75,10 @@ def main() -> dict[str, Any]:
         return {
             "linear": [method(*names) for names in NAMES],
             "experts": [experts(*names) for names in NAMES],
-            "cache": [cache_method(True, "fp8"), cache_method(True, "fp8_e5m2"), cache_method(False, "fp8")],
+            "cache": [
+                *(cache_method(True, dtype) for dtype in ("fp8", "fp8_e5m2", "auto")),
+                cache_method(False, "fp8"),
+            ],
             "keys": [key(one), key(one, one), key(other), key(tiles), key(one, other)],
             "online": refusal(lambda: linear.check_loading("layer", 1), "sharded_state"),
             "stored": refusal(lambda: linear.check_loads_weights("layer"), "sharded_state"),

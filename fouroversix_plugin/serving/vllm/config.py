@@ -88,7 +88,9 @@ class FourOverSixConfig(QuantizationConfig):
             return StoredLinearMethod(self.scheme, self.report, prefix, self.stored)
         if isinstance(layer, (Attention, MLAAttention)):
             # Scales of a KV cache in FP8, which some checkpoints ask for. vLLM has e5m2 without any.
-            return BaseKVCacheMethod(self) if self.stored and layer.kv_cache_dtype != "fp8_e5m2" else None
+            cached_as = str(layer.kv_cache_dtype)
+            scaled = cached_as.startswith("fp8") and cached_as != "fp8_e5m2"
+            return BaseKVCacheMethod(self) if self.stored and scaled else None
         # Experts are known by the name of their class or a parent's, and the MoE half is imported where it is needed: a
         # class renamed there must not cost dense models the plugin.
         if all(parent.__name__ != "RoutedExperts" for parent in type(layer).__mro__):
