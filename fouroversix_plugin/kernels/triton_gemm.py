@@ -11,7 +11,6 @@ is tuned by timing, and a row's result does not depend on the rows beside it, no
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
 from dataclasses import dataclass
 from types import ModuleType
@@ -20,7 +19,6 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fouroversix_plugin.kernels import routing, triton
 from fouroversix_plugin.nvfp4 import check_columns
@@ -34,38 +32,21 @@ _WORD_COLUMNS: Final = _PLANES * BLOCK_SIZE
 # --- weights ---
 
 
-def _stored_scales() -> tuple[list[int], list[int]]:
-    """The byte that each E4M3 byte is stored as, and the inverse.
+def _stored_scales(device: torch.device) -> Tensor:
+    """uint8 [256]: the byte that each E4M3 byte is stored as.
 
     2^e (1 + m/8) is (e + 21) << 3 | m; see :mod:`fouroversix_plugin.kernels.triton_gemm_kernels`. Negative scales are
     refused when weights are loaded; here they only get bytes that are left, to be told apart.
+
+    Made on the device: a table copied from the host would have to wait for it, which no graph can hold.
     """
-    stored = {0: 0, 0x7F: 0xFF}
-    for byte in range(8, 0x7F):
-        stored[byte] = byte + ((21 - 7) << 3)
-    for byte in range(1, 8):  # subnormal: byte * 2^-9
-        shift = 4 - byte.bit_length()
-        stored[byte] = ((21 - 6 - shift) << 3) | ((byte << shift) & 7)
-    left = sorted(set(range(256)) - set(stored.values()))
-    stored |= dict(zip(range(0x80, 0x100), left, strict=True))
-    return [stored[byte] for byte in range(256)], [sorted(stored, key=stored.__getitem__)[byte] for byte in range(256)]
-
-
-@functools.cache
-def _scale_tables(device: str) -> tuple[Tensor, Tensor]:
-    """Those of :func:`_stored_scales` in the host's memory, for devices of a type."""
-    with unset_fake_temporarily():  # they are kept
-        stored, e4m3 = (
-            torch.tensor(table, dtype=torch.uint8, device="cpu", pin_memory=device == "cuda")
-            for table in _stored_scales()
-        )
-    return stored, e4m3
-
-
-def _on(device: torch.device, table: Tensor) -> Tensor:
-    # From pinned memory nothing waits, and a graph can hold the copy. No table is kept on a GPU: engines that sleep
-    # take its memory back.
-    return table.to(device, non_blocking=True)
+    byte = torch.arange(0x7F, dtype=torch.int32, device=device)
+    # A subnormal scale is byte * 2^-9. Bits 30 to 20 of a byte in fp32: exponent, biased by 127, and three of mantissa.
+    subnormal = (byte.float().view(torch.int32) >> 20) - ((127 + 9 - 21) << 3)
+    stored = torch.where(byte < 8, subnormal.clamp(min=0), byte + ((21 - 7) << 3))
+    is_left = torch.ones(256, dtype=torch.uint8, device=device).index_fill(0, stored.long(), 0)
+    left = is_left.argsort(descending=True, stable=True)[: 256 - 0x7F].int()
+    return torch.cat((stored, left[-1:], left[:-1])).byte()  # of NaN 0xFF
 
 
 def prepare(packed: Tensor, block_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,7 +70,7 @@ def prepare(packed: Tensor, block_scale: Tensor) -> tuple[Tensor, Tensor]:
     for plane in range(_PLANES):
         pairs = codes[..., plane, :]
         words |= _to_plane(torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(-2).int(), plane)
-    scales = _on(packed.device, _scale_tables(packed.device.type)[0])[block_scale.int()]
+    scales = _stored_scales(packed.device)[block_scale.int()]
     scales = F.pad(scales, (0, columns // BLOCK_SIZE, 0, rows)).unflatten(-1, (-1, 2, 4))  # [..., N, C, 2, 4]
     scales = scales.contiguous().view(torch.int32).squeeze(-1)  # [..., N, C, 2]
     words, scales = (t.unflatten(-3, (-1, _STRIP_ROWS)) for t in (words, scales))  # [..., S, 64, C, 16 or 2]
@@ -109,7 +90,7 @@ def restore(weight: Tensor, block_scale: Tensor, rows: int, columns: int) -> tup
     codes = torch.stack(planes, dim=-2).flatten(-3)[..., :columns]
     scales = block_scale.movedim(-1, -3).flatten(-4, -3)[..., :rows, :, :]  # [..., N, C, 2]
     scales = scales.contiguous().view(torch.uint8).flatten(-2)[..., : columns // BLOCK_SIZE]
-    e4m3 = _on(weight.device, _scale_tables(weight.device.type)[1])[scales.int()]
+    e4m3 = _stored_scales(weight.device).argsort().byte()[scales.int()]
     return (codes[..., ::2] | (codes[..., 1::2] << 4)).contiguous(), e4m3.contiguous()
 
 
