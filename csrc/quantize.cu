@@ -125,8 +125,6 @@ __device__ __forceinline__ T of_thread(int lane, T own) {
 template <Metric metric, bool adaptive, bool gated, Result result>
 __global__ void __maxnreg__((registers<gated, result>()))
     quantize_rows(const __grid_constant__ Quantize q, const float* amax, const Shape shape) {
-  constexpr bool kOfSlots = result == Result::values_of_slots;
-  using Rounded = std::conditional_t<result == Result::codes, Codes, Numbers>;
   extern __shared__ uint4 stashes[];
   const Group group = group_of_thread(shape.group);
   const int64_t index = int64_t(blockIdx.x) * shape.groups + group.slot;
@@ -137,13 +135,13 @@ __global__ void __maxnreg__((registers<gated, result>()))
   if (gated && shape.stash != 0) {
     stash = reinterpret_cast<Raw*>(reinterpret_cast<char*>(stashes) + group.slot * shape.stash);
   }
-  if (!kOfSlots || amax != nullptr) take_turn();
+  if (!kOfSlots<result> || amax != nullptr) take_turn();
 
   Place place = {0, row};
   uint32_t row_amax = 0;
   if (q.scope == Scope::token) {
     if (!__any_sync(~0u, inside)) return;
-    row_amax = amax == nullptr ? find_amax<gated, kOfSlots>(q, row, group, stash)
+    row_amax = amax == nullptr ? find_amax<gated, kOfSlots<result>>(q, row, group, stash)
                                : bits<uint32_t>(amax[q.amax_is_shared ? 0 : row]);
   } else if (q.scope == Scope::expert) {
     place = find_expert(q, inside ? row : -1);
@@ -158,7 +156,7 @@ __global__ void __maxnreg__((registers<gated, result>()))
   }
   const GlobalScales global = global_scales(bits<float>(row_amax), q.recipe.encoded_amax);
   const Row shared = row_of(global);
-  if constexpr (kOfSlots) take_turn();
+  if constexpr (kOfSlots<result>) take_turn();
   if (q.scope == Scope::token && inside && blockIdx.y == 0) {
     write_decode_scale<result>(q, row, stored_decode_scale(global), group.lane, group.threads);
   }
@@ -177,13 +175,13 @@ __global__ void __maxnreg__((registers<gated, result>()))
     const int block = begin + first + group.lane;
     bool open = false;
     Raw raw = {};
-    Chosen<Rounded> chosen = {};
+    Chosen<RoundedFor<result>> chosen = {};
     if (block < end) {
       raw = gated && stash != nullptr ? load(stash, block) : read<gated>(x, block, blocks);
       open = !choose<metric, adaptive>(shared, raw, chosen);
-      if (!kOfSlots && !open) write(to, block, chosen, raw);
+      if (!kOfSlots<result> && !open) write(to, block, chosen, raw);
     }
-    if constexpr (kOfSlots) write_to_slots(to, block, end, chosen, raw);
+    if constexpr (kOfSlots<result>) write_to_slots(to, block, end, chosen, raw);
     for (uint32_t left = __ballot_sync(~0u, open); left != 0; left &= left - 1) {
       const int lane = __ffs(left) - 1;
       Row its = shared;
@@ -193,7 +191,7 @@ __global__ void __maxnreg__((registers<gated, result>()))
       Target its_target = to;
       if constexpr (result == Result::values) {
         its_target.values = of_thread(lane, to.values);
-      } else if constexpr (result == Result::values_of_slots) {
+      } else if constexpr (kOfSlots<result>) {
         its_target.row_of_slot = of_thread(lane, to.row_of_slot);
       } else {
         its_target.packed = of_thread(lane, to.packed);
@@ -272,9 +270,9 @@ Kernels kernels_of(const Quantize& q) {
   return q.gated ? kernels_of<true, Result::values>(q.recipe) : kernels_of<false, Result::values>(q.recipe);
 }
 
-// With many rows a thread takes as many blocks as leave the rows in flight in the L1 (of slots: in the L2) between finding
-// their amax and reading them again, so that what is computed once a row and warp weighs little. With fewer rows it takes fewer, until
-// a row has a thread for every block, and then several CTAs.
+// With many rows a thread takes as many blocks as leave the rows in flight in the L1 (of slots: in the L2) between
+// finding their amax and reading them again, so that what is computed once a row and warp weighs little. With fewer rows
+// it takes fewer, until a row has a thread for every block, and then several CTAs.
 Shape shape_of(const Quantize& q) {
   constexpr int64_t kBytesInL1 = 128;  // a thread
   const int64_t blocks = q.columns / kBlock, rows = q.rows > 0 ? q.rows : 1;

@@ -19,6 +19,7 @@
 #include <cuda_fp8.h>
 
 #include <cstring>
+#include <type_traits>
 
 #include "cuda.h"
 #include "sm90.cuh"
@@ -49,6 +50,8 @@ constexpr int64_t kMultiprocessors = 132, kResidentThreads = kMultiprocessors * 
 
 // What is written: codes and block scales; their products; or those, to the rows of all of a token's slots.
 enum class Result { codes, values, values_of_slots };
+template <Result result>
+constexpr bool kOfSlots = result == Result::values_of_slots;
 
 // Registers of a thread: as few as nothing is spilled with. 64 make room for 32 warps on a multiprocessor, 80 for 24.
 template <bool gated, Result result>
@@ -322,6 +325,9 @@ struct Numbers {
   }
 };
 
+template <Result result>
+using RoundedFor = std::conditional_t<result == Result::codes, Codes, Numbers>;
+
 // One of two.
 template <class Rounded>
 __device__ __forceinline__ Rounded select(bool first, const Rounded& a, const Rounded& b) {
@@ -508,10 +514,9 @@ int scale_stride(const Quantize& q) { return 4 * static_cast<int>(tile_rows(q.la
 template <Result result>
 __device__ __forceinline__ Target target_of(const Quantize& q, int64_t row, int64_t scale_row, int blocks,
                                             int scale_stride) {
-  constexpr bool kOfSlots = result == Result::values_of_slots;
   Target to = {reinterpret_cast<uint2*>(q.packed) + row * blocks, nullptr, scale_stride,
-               static_cast<Raw*>(q.values) + (kOfSlots ? 0 : row * blocks), q.row_of_slot + row * q.top_k, q.top_k,
-               blocks};
+               static_cast<Raw*>(q.values) + (kOfSlots<result> ? 0 : row * blocks), q.row_of_slot + row * q.top_k,
+               q.top_k, blocks};
   if (scale_row >= 0) {
     to.scales = q.block_scale + scale_offset(q.layout, scale_row, 0, padded_scale_columns(q.layout, blocks));
   }
@@ -546,8 +551,9 @@ __device__ __forceinline__ void write(const Target& to, int block, const Chosen<
   store(to.values, block, values_of(chosen, raw));
 }
 
-// To the rows of slots, of 16 bits a value, by the whole warp, each half of which has blocks that lie together in memory:
-// those below `end` are written. A store has 16 bytes a thread, in the order of memory: so many stores are slow if each fills half of a sector.
+// To the rows of slots, of 16 bits a value, by the whole warp, each half of which has blocks that lie together in
+// memory: those below `end` are written. A store has 16 bytes a thread, in the order of memory: so many stores are slow
+// if each fills half of a sector.
 __device__ __forceinline__ void write_to_slots(const Target& to, int block, int end, const Chosen<Numbers>& chosen,
                                                const Raw& raw) {
   const Raw values = values_of(chosen, raw);
@@ -579,8 +585,9 @@ __device__ __forceinline__ void write_to_slots(const Target& to, int block, int 
 
 // The scale of a row for all that read it, by the threads that have the row.
 template <Result result>
-__device__ __forceinline__ void write_decode_scale(const Quantize& q, int64_t row, float scale, int thread, int threads) {
-  if constexpr (result != Result::values_of_slots) {
+__device__ __forceinline__ void write_decode_scale(const Quantize& q, int64_t row, float scale, int thread,
+                                                   int threads) {
+  if constexpr (!kOfSlots<result>) {
     if (thread == 0) q.decode_scale[row] = scale;
   } else {
     for (int k = thread; k < q.top_k; k += threads) {
@@ -595,7 +602,7 @@ __device__ __forceinline__ void write_decode_scale(const Quantize& q, int64_t ro
 
 // A block that the filter leaves open, by the specification: the whole warp, a lane for each value and candidate, and
 // written by it. Together because such a block is rare: alone, one lane would keep 31 waiting for ten times as long.
-template <Metric metric, bool adaptive, bool gated, Result to_write>
+template <Metric metric, bool adaptive, bool gated, Result result>
 __device__ __forceinline__ void settle(const Quantize& q, const Row& row, const void* x, const Raw* stash, int block,
                                        const Target& to) {
   const int lane = threadIdx.x % kWarp, i = lane % kBlock, at = block * kBlock + i;
@@ -618,18 +625,18 @@ __device__ __forceinline__ void settle(const Quantize& q, const Row& row, const 
     sf = __shfl_sync(~0u, sf, four_wins ? kBlock : 0);
   }
   const bool whole = is_finite(v);
-  if constexpr (to_write != Result::codes) {
+  if constexpr (result != Result::codes) {
     const float product = bits<float>(bits<uint32_t>(r * sf) | (bits<uint32_t>(value) & kSign));
-    const float result = whole ? product : bits<float>(0x7FC00000u);
+    const float number = whole ? product : bits<float>(0x7FC00000u);
     if (lane >= kBlock) return;
     const auto put = [&](int64_t index) {
       if constexpr (kDtype == Dtype::fp32) {
-        reinterpret_cast<float*>(to.values)[index] = result;
+        reinterpret_cast<float*>(to.values)[index] = number;
       } else {
-        reinterpret_cast<uint16_t*>(to.values)[index] = kDtype == Dtype::bf16 ? bf16_bits(result) : fp16_bits(result);
+        reinterpret_cast<uint16_t*>(to.values)[index] = kDtype == Dtype::bf16 ? bf16_bits(number) : fp16_bits(number);
       }
     };
-    if constexpr (to_write == Result::values) {
+    if constexpr (!kOfSlots<result>) {
       put(at);
     } else {
       for_rows(to, [&](int to_row) { put(static_cast<int64_t>(to_row) * to.blocks * kBlock + at); });

@@ -1,8 +1,6 @@
 // The quantizer for few rows, per token, on GPUs from sm_90 on: a row is spread over a cluster of CTAs.
 #pragma once
 
-#include <type_traits>
-
 #include "quantize_block.cuh"
 
 namespace fos::cuda {
@@ -69,8 +67,6 @@ template <Metric metric, bool adaptive, bool gated, Result result>
 __global__ void __maxnreg__((registers<gated, result>()))
     quantize_few_rows(const __grid_constant__ Quantize q, const int scale_stride) {
 #if defined(FOS_HOPPER_OR_LATER)
-  using Rounded = std::conditional_t<result == Result::codes, Codes, Numbers>;
-  constexpr bool kOfSlots = result == Result::values_of_slots;
   __shared__ Exchange exchange;
   const int warps = static_cast<int>(gridDim.x * blockDim.x) / kWarp;
   open_exchange(exchange, warps);
@@ -79,16 +75,16 @@ __global__ void __maxnreg__((registers<gated, result>()))
   const int block = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   const void* x = input_row<gated>(q, row);
   const Target to = target_of<result>(q, row, row, blocks, scale_stride);
-  if constexpr (!kOfSlots) take_turn();
-  Raw raw = read<gated, kOfSlots>(x, min(block, blocks - 1), blocks);  // the last one again does no harm
+  if constexpr (!kOfSlots<result>) take_turn();
+  Raw raw = read<gated, kOfSlots<result>>(x, min(block, blocks - 1), blocks);  // the last one again does no harm
   const uint32_t amax = largest_of_cluster(exchange, warps, largest_bits(larger_magnitudes(raw)));
   const GlobalScales global = global_scales(bits<float>(amax), q.recipe.encoded_amax);
   const Row shared = row_of(global);
-  Chosen<Rounded> chosen = {};
+  Chosen<RoundedFor<result>> chosen = {};
   const bool inside = block < blocks, open = inside && !choose<metric, adaptive>(shared, raw, chosen);
-  if constexpr (kOfSlots) take_turn();
+  if constexpr (kOfSlots<result>) take_turn();
   write_decode_scale<result>(q, row, stored_decode_scale(global), block, static_cast<int>(gridDim.x * blockDim.x));
-  if constexpr (kOfSlots) {
+  if constexpr (kOfSlots<result>) {
     write_to_slots(to, block, blocks, chosen, raw);
   } else if (inside && !open) {
     write(to, block, chosen, raw);

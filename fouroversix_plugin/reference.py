@@ -341,7 +341,8 @@ def moe(
 
 def weights_of_experts(topk_weights: Tensor, topk_ids: Tensor, experts: int) -> Tensor:
     """Router weights, 0 where there is no such expert: those may be NaN, and 0 times that is no 0."""
-    return torch.where((topk_ids >= 0) & (topk_ids < experts), topk_weights, 0.0)
+    ids = topk_ids.long()
+    return torch.where((ids >= 0) & (ids < experts), topk_weights, 0.0)
 
 
 def combine(slots: Tensor, topk_weights: Tensor, apply_router_weight_on_input: bool) -> Tensor:

@@ -132,7 +132,6 @@ def moe(
 ) -> Tensor:
     """:func:`fouroversix_plugin.reference.moe` on prepared weights: an expert sees only the tokens routed to it."""
     dtype, token_scale = x.dtype, None
-    topk_ids = topk_ids if topk_ids.dtype == torch.int64 else topk_ids.int()
     topk_weights = reference.weights_of_experts(topk_weights, topk_ids, w13_decode_scale.shape[0])
     if apply_router_weight_on_input:
         x = (x.float().unsqueeze(1) * topk_weights.float().unsqueeze(-1)).to(dtype).flatten(0, 1)

@@ -130,19 +130,20 @@ def moe(
     on_input = apply_router_weight_on_input
     tokens = _rows_of_a_tile(topk_ids.numel(), experts, hidden, half)
     on_rows = topk_weights if on_input else None
-    rows, blocks, in_use = _sort_by_expert(x, topk_ids, on_rows, experts, tokens, activations, input_amax)
+    rows = _sort_by_expert(x, topk_ids, on_rows, experts, tokens, activations, input_amax)
     pinned = activations is not None and activation == "silu"
     gating = _PINNED_SILU if pinned else _ACTIVATIONS.index(activation)
     inner = kernels.multiply_gated(
-        rows.x, w13, w13_block_scale, w13_decode_scale, rows.token_scale, rows.token_of_row, blocks, in_use, half,
-        gating, tokens,
+        rows.x, w13, w13_block_scale, w13_decode_scale, rows.token_scale, rows.token_of_row, rows.blocks, rows.in_use,
+        half, gating, tokens,
     )  # fmt: skip
     inner_scale = None
     if activations is not None:
         inner, inner_scale = native.quantize_values(inner, activations, inner_amax, False)
     products = kernels.multiply_experts(
-        inner, w2, w2_block_scale, w2_decode_scale, inner_scale, rows.slot_of_row, blocks, in_use, hidden, tokens
-    )
+        inner, w2, w2_block_scale, w2_decode_scale, inner_scale, rows.slot_of_row, rows.blocks, rows.in_use, hidden,
+        tokens,
+    )  # fmt: skip
     out: Tensor = kernels.combine(products, None if on_input else topk_weights, topk_ids, experts, x.dtype)
     return out
 
@@ -154,6 +155,8 @@ class _Rows(NamedTuple):
     token_scale: Tensor | None  # of the rows of x
     token_of_row: Tensor | None  # [P]: row of x
     slot_of_row: Tensor  # [P]
+    blocks: Tensor  # [.., 4], as csrc/gemm.h's Block
+    in_use: Tensor  # [2]: blocks, rows
 
 
 def _sort_by_expert(
@@ -164,9 +167,9 @@ def _sort_by_expert(
     tokens: int,
     activations: Recipe | None,
     input_amax: Tensor | None,
-) -> tuple[_Rows, Tensor, Tensor]:
-    """Rows of x by the expert of each slot, times ``topk_weights`` where given, quantized; blocks of at most ``tokens``
-    of them, and how many blocks and rows there are.
+) -> _Rows:
+    """Rows of x by the expert of each slot, times ``topk_weights`` where given, quantized; in blocks of at most
+    ``tokens``.
 
     Quantizing x and sorting slots take their time side by side: whichever is launched second begins before the first
     has ended. So nothing that the first reads may be freed, and written to by the second, until both are launched.
@@ -180,7 +183,7 @@ def _sort_by_expert(
         values, scale = (x, None) if activations is None else native.quantize_values(x, activations, input_amax, False)
         beside = activations is not None
         _, slot_of_row, token_of_row, blocks, in_use = kernels.route(topk_ids, experts, tokens, beside, False)
-        return _Rows(values, scale, token_of_row, slot_of_row), blocks, in_use
+        return _Rows(values, scale, token_of_row, slot_of_row, blocks, in_use)
     row_of_slot, slot_of_row, _, blocks, in_use = kernels.route(topk_ids, experts, tokens, False, True)
     if activations is not None and topk_weights is None:
         values, scale = native.gather_quantized(x, activations, input_amax, row_of_slot, slot_of_row)
@@ -188,7 +191,7 @@ def _sort_by_expert(
         values, scale = kernels.gather(x, row_of_slot, slot_of_row, topk_weights), None
         if activations is not None:
             values, scale = native.quantize_values(values, activations, input_amax, False)
-    return _Rows(values, scale, None, slot_of_row), blocks, in_use
+    return _Rows(values, scale, None, slot_of_row, blocks, in_use)
 
 
 def _rows_of_a_tile(slots: int, experts: int, *columns: int) -> int:
