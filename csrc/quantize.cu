@@ -91,7 +91,14 @@ template <bool gated, bool past_l1>
 __device__ __forceinline__ uint32_t find_amax(const Quantize& q, int64_t row, const Group& group, Raw* stash) {
   __shared__ uint32_t largest[kMaxThreads / kUnit];
   const int part = group.threads % kWarp == 0 ? kWarp : kUnit;
-  const uint32_t found = largest_of(part, own_largest<gated, past_l1>(q, row, group, stash));
+  const int blocks = static_cast<int>(q.columns / kBlock);
+  uint32_t found = 0;
+  if (gated || blocks > group.threads) {
+    found = own_largest<gated, past_l1>(q, row, group, stash);
+  } else if (group.lane < blocks) {  // its only one
+    found = largest_bits(larger_magnitudes(read<gated, past_l1>(input_row<gated>(q, row), group.lane, blocks)));
+  }
+  found = largest_of(part, found);
   if (group.threads == part) {
     __syncwarp();  // for the stash
     return found;
@@ -173,15 +180,27 @@ __global__ void __maxnreg__((registers<gated, result>()))
   // Whole warps, for settle.
   for (int first = 0; first < part; first += group.threads) {
     const int block = begin + first + group.lane;
-    bool open = false;
+    Found found = Found::chosen;
     Raw raw = {};
-    Chosen<RoundedFor<result>> chosen = {};
+    using Rounded = RoundedFor<result>;
+    constexpr bool kDecides = adaptive && result != Result::codes;  // of codes settle does: registers would be spilled
+    Chosen<Rounded> chosen = {};
     if (block < end) {
       raw = gated && stash != nullptr ? load(stash, block) : read<gated>(x, block, blocks);
-      open = !choose<metric, adaptive>(shared, raw, chosen);
-      if (!kOfSlots<result> && !open) write(to, block, chosen, raw);
+      found = choose<metric, adaptive>(shared, raw, chosen);
+      if (!kOfSlots<result> && found == Found::chosen) write(to, block, chosen, raw);
+    }
+    if constexpr (kDecides) {
+      decide<metric, Rounded>(q.recipe, shared, raw, found == Found::near, [&](const Chosen<Rounded>& decided) {
+        if constexpr (kOfSlots<result>) {
+          chosen = decided;
+        } else {
+          write(to, block, decided, raw);
+        }
+      });
     }
     if constexpr (kOfSlots<result>) write_to_slots(to, block, end, chosen, raw);
+    const bool open = found == Found::unknown || (!kDecides && found == Found::near);
     for (uint32_t left = __ballot_sync(~0u, open); left != 0; left &= left - 1) {
       const int lane = __ffs(left) - 1;
       Row its = shared;

@@ -6,9 +6,9 @@
 // How the choice between 4 and 6 stays byte-exact at a third of the instructions. Errors decide one comparison, so they
 // need not be the specification's, only near enough: a block's two errors are first computed with fused operations, in
 // any order, in one domain for all three (`Filter`). Where they differ by more than both computations can be off, the
-// comparison has the same answer; where they do not (about one block in ten thousand of random ones, ties, and every
-// block outside the range that the bound was derived for), the block is settled with nvfp4.cuh's operations, in the
-// specification's order. Rounding itself is exact on both ways.
+// comparison has the same answer; where they do not (about one block in forty thousand of random ones, ties, and every
+// block outside the range that the bound was derived for), they are computed with nvfp4.cuh's operations, in the
+// specification's order: by decide, or for the whole block by settle. Rounding itself is exact on all ways.
 //
 // Values keep their signs on the way: every step is symmetric in them, and taking them off would cost instructions.
 #pragma once
@@ -133,6 +133,13 @@ __device__ __forceinline__ void unpack(const Raw& raw, float (&x)[kBlock]) {
       x[2 * i] = pair.x, x[2 * i + 1] = pair.y;
     }
   }
+}
+
+// Of a word, the even or the odd column's.
+__device__ __forceinline__ float value_of(uint32_t word, int odd) {
+  if constexpr (kDtype == Dtype::fp32) return bits<float>(word);
+  const uint32_t high = odd == 0 ? word << 16 : word & 0xFFFF0000u;
+  return kDtype == Dtype::bf16 ? bits<float>(high) : __half2float(__ushort_as_half(static_cast<uint16_t>(high >> 16)));
 }
 
 // Rounded to the type, to nearest.
@@ -341,19 +348,21 @@ __device__ __forceinline__ Rounded select(bool first, const Rounded& a, const Ro
 
 // How far apart two errors must be for the comparison to be the specification's: relative * (e4 + e6) + absolute * v^n.
 //
-// One term. With v the block's largest magnitude, v in 2^-50 .. 2^50, both candidates unclipped (y below 7): a decoded
-// value is at most 2 v, since nothing below 0.25 rounds up. The filter's (r * (sf * decode), fused with - x) and the
-// specification's (three roundings in the amax domain, two in the others) are each within 6 * 2^-24 * 2 v of the exact
-// one, and the subtraction rounds within 2^-24 v: |d' - d| <= delta = 2^-20 v. ("scaled" errors are those times the
+// One term. Let c be 2^-24, v the block's largest magnitude, in 2^-50 .. 2^50, and both candidates unclipped (y below 7). No
+// decoded value p is above 1.2 v: under a block scale that is not 0, v itself becomes a y of 2 or more, and there nothing is
+// rounded up by more than a fifth. The specification rounds p twice in the amax domain, less in others; the filter's
+// r * (sf * decode), fused with - x, has the roundings of the encode scale, of its inverse and of the product in
+// parentheses; and both subtractions round: |d' - d| <= 5 c p + c (|d| + |d'|). ("scaled" errors are those times the
 // encode scale: a common factor.)
-// Sums. mae: 16 delta, and 30 * 2^-24 e for both summations. abs_max: delta. mse: the squares differ by at most
-// delta (2 |d| + delta), in sum 8 delta sqrt(e) + 16 delta^2 <= 2^-15 e + (2^15 + 1) 16 delta^2, and by the roundings.
+// Sums of 16. mae: 96 c v + 2 c e, and 32 c e for both summations. abs_max: 6 c v + 2 c |d| <= 8.4 c v. mse: the squares
+// differ by 10 c |d| p + 4 c d^2, and sum |d| p <= 4.8 v sqrt(e) <= 9.6 e + 0.6 v^2; squares and summations round by 32 c e.
 // For two candidates, with a quarter or more to spare:
 template <Metric metric>
 struct Filter {
-  static constexpr float kRelative = metric == Metric::mse ? 0x1p-14f : (metric == Metric::mae ? 0x1p-18f : 0.0f);
+  static constexpr float kRelative =
+      metric == Metric::mse ? 1.3125f * 0x1p-17f : (metric == Metric::mae ? 1.5f * 0x1p-19f : 0.0f);
   static constexpr float kAbsolute =
-      metric == Metric::mse ? 1.25f * 0x1p-20f : (metric == Metric::mae ? 1.25f * 0x1p-15f : 1.25f * 0x1p-19f);
+      metric == Metric::mse ? 0x1p-20f : (metric == Metric::mae ? 0x1p-16f : 1.5f * 0x1p-20f);
 
   static __device__ __forceinline__ void add(float& error, float d) {
     if constexpr (metric == Metric::mse) error = fmaf(d, d, error);
@@ -380,6 +389,9 @@ __device__ __forceinline__ Row row_of(const GlobalScales& global) {
           global.finite ? kLargest : 0.0f};
 }
 
+// What the filter found of a block. `near`: it is in the filter's range, but its candidates' errors are too near to tell.
+enum class Found { chosen, near, unknown };
+
 // A quantized block. What is to be written of its numbers decides how they are kept: few registers, many warps.
 template <class Rounded>
 struct Chosen {
@@ -387,10 +399,9 @@ struct Chosen {
   Scale scale;
 };
 
-// A block in the filter's range, or one that becomes zeros (then without the signs in `raw`); false where only the
-// specification can tell.
+// A block in the filter's range, or one that becomes zeros (then without the signs in `raw`).
 template <Metric metric, bool adaptive, class Rounded>
-__device__ __forceinline__ bool choose(const Row& row, Raw& raw, Chosen<Rounded>& out) {
+__device__ __forceinline__ Found choose(const Row& row, Raw& raw, Chosen<Rounded>& out) {
   const float v = bits<float>(largest_bits(larger_magnitudes(raw)));
   if (v >= kSmallest && v <= row.largest) {
     float values[kBlock];
@@ -427,8 +438,9 @@ __device__ __forceinline__ bool choose(const Row& row, Raw& raw, Chosen<Rounded>
       out.rounded = select(four, rounded4, rounded6);
       // Candidate 4 clips only where 6 does; a block scale of 0 makes the product infinite, or NaN. Where both scales
       // saturate, the candidates are one.
-      return v * inverse6 < 7.0f * kOne && (fabsf(error4 - error6) > Filter<metric>::margin(error6, error4, v) ||
-                                            scale4.value == scale6.value);
+      if (!(v * inverse6 < 7.0f * kOne)) return Found::unknown;
+      const bool apart = fabsf(error4 - error6) > Filter<metric>::margin(error6, error4, v);
+      return apart || scale4.value == scale6.value ? Found::chosen : Found::near;
     } else {
       Scale unused;
       const float b = unrounded_scale<false>(v, row.encode);
@@ -442,15 +454,56 @@ __device__ __forceinline__ bool choose(const Row& row, Raw& raw, Chosen<Rounded>
         for (int i = 0; i < 8; i += 2) round_pair(x[i] * inverse, x[i + 1] * inverse, r[i], r[i + 1]);
         out.rounded.set(half, r);
       }
-      return v * inverse < 7.0f * kOne;
+      return v * inverse < 7.0f * kOne ? Found::chosen : Found::unknown;
     }
   }
   // A block of zeros, and every block of a row without a finite amax.
-  if (v != 0.0f && row.largest != 0.0f) return false;
+  if (v != 0.0f && row.largest != 0.0f) return Found::unknown;
   out = {};
 #pragma unroll
   for (int i = 0; i < Raw::kWords; ++i) raw.word[i] = 0;
-  return true;
+  return Found::chosen;
+}
+
+// Chooses for the threads of the warp that have a block `near`, by the specification's errors, and has each call `use`:
+// all of the warp for one after the other, a lane for each value and candidate. Together because such a block is rare:
+// alone, one lane would keep 31 waiting for ten times as long. And in few steps: a kernel ends with the last such block.
+template <Metric metric, class Rounded, class Use>
+__device__ __forceinline__ void decide(const Recipe& recipe, const Row& row, const Raw& raw, bool near, Use use) {
+  constexpr int kEach = kBlock / Raw::kWords;
+  const int lane = threadIdx.x % kWarp, i = lane % kBlock, first = lane - i;
+  for (uint32_t left = __ballot_sync(~0u, near); left != 0; left &= left - 1) {
+    const int owner = __ffs(left) - 1;
+    const auto its = [&](auto own) { return __shfl_sync(~0u, own, owner); };
+    uint32_t word = 0;
+#pragma unroll
+    for (int w = 0; w < Raw::kWords; ++w) {
+      const uint32_t one = its(raw.word[w]);
+      word = i / kEach == w ? one : word;
+    }
+    const float a = magnitude(value_of(word, i % kEach)), encode = its(row.encode);
+    const float v = bits<float>(__reduce_max_sync(~0u, bits<uint32_t>(a))), b = sixth(v) * encode;
+    Scale scale6, scale4;
+    round_scales(b, b * 1.5f, scale6, scale4);
+    const float scale = first == 0 ? scale6.value : scale4.value, r = round_signed(a * reciprocal(scale * its(row.unit)));
+    const float term = error_term<metric>(recipe.domain, recipe.encoded_amax, r * (1.0f / kOne), scale, a, its(row.amax),
+                                          encode, its(row.decode));
+    float error = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kBlock; ++j) error = add_error<metric>(error, __shfl_sync(~0u, term, first + j));
+    const bool four = __shfl_sync(~0u, error, kBlock) < __shfl_sync(~0u, error, 0);
+    Chosen<Rounded> chosen;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float numbers[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) numbers[j] = __shfl_sync(~0u, r, (four ? kBlock : 0) + 8 * half + j);
+      chosen.rounded.set(half, numbers);
+    }
+    chosen.scale.value = four ? scale4.value : scale6.value;
+    chosen.scale.byte = four ? scale4.byte : scale6.byte;
+    if (lane == owner) use(chosen);
+  }
 }
 
 // One value of what is quantized.
@@ -600,8 +653,7 @@ __device__ __forceinline__ void write_decode_scale(const Quantize& q, int64_t ro
   }
 }
 
-// A block that the filter leaves open, by the specification: the whole warp, a lane for each value and candidate, and
-// written by it. Together because such a block is rare: alone, one lane would keep 31 waiting for ten times as long.
+// A block that nothing is known of, by the specification: by the whole warp as in decide, and written by it.
 template <Metric metric, bool adaptive, bool gated, Result result>
 __device__ __forceinline__ void settle(const Quantize& q, const Row& row, const void* x, const Raw* stash, int block,
                                        const Target& to) {

@@ -80,16 +80,22 @@ __global__ void __maxnreg__((registers<gated, result>()))
   const uint32_t amax = largest_of_cluster(exchange, warps, largest_bits(larger_magnitudes(raw)));
   const GlobalScales global = global_scales(bits<float>(amax), q.recipe.encoded_amax);
   const Row shared = row_of(global);
-  Chosen<RoundedFor<result>> chosen = {};
-  const bool inside = block < blocks, open = inside && !choose<metric, adaptive>(shared, raw, chosen);
+  using Rounded = RoundedFor<result>;
+  Chosen<Rounded> chosen = {};
+  const bool inside = block < blocks;
+  const Found found = inside ? choose<metric, adaptive>(shared, raw, chosen) : Found::chosen;
+  if constexpr (adaptive) {  // for slots while the kernel before still sorts them
+    decide<metric, Rounded>(q.recipe, shared, raw, found == Found::near,
+                            [&](const Chosen<Rounded>& decided) { chosen = decided; });
+  }
   if constexpr (kOfSlots<result>) take_turn();
   write_decode_scale<result>(q, row, stored_decode_scale(global), block, static_cast<int>(gridDim.x * blockDim.x));
   if constexpr (kOfSlots<result>) {
     write_to_slots(to, block, blocks, chosen, raw);
-  } else if (inside && !open) {
+  } else if (inside && found != Found::unknown) {
     write(to, block, chosen, raw);
   }
-  for (uint32_t left = __ballot_sync(~0u, open); left != 0; left &= left - 1) {
+  for (uint32_t left = __ballot_sync(~0u, found == Found::unknown); left != 0; left &= left - 1) {
     settle<metric, adaptive, gated, result>(q, shared, x, nullptr, block / kWarp * kWarp + __ffs(left) - 1, to);
   }
 #endif
