@@ -222,11 +222,13 @@ SGLANG = Engine(
             "QuantizationConfig()",
             "QuantizeMethodBase",
         ),
+        f"{_QUANTIZATION}.kv_cache": ("BaseKVCacheMethod(quant_config)",),
         f"{_QUANTIZATION}.unquant": (
             "UnquantizedLinearMethod()",
             "UnquantizedFusedMoEMethod(use_triton_kernels, use_flashinfer_trtllm_moe, use_deep_gemm)",
         ),
         f"{_SRT}.linear": ("LinearBase", "WEIGHT_LOADER_V2_SUPPORTED"),
+        f"{_SRT}.radix_attention": ("RadixAttention",),
         f"{_SRT}.parameter": (
             "ModelWeightParameter(*, data, input_dim, output_dim, weight_loader)",
             "PerTensorScaleParameter(*, data, weight_loader)",

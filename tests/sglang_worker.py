@@ -3,7 +3,8 @@
 REQUEST is JSON: {name: {"model": folder, "flags": of launch_server, "layers": names}}, and "draft", the folder of a
 draft model to load for that model in its place. What loads is what a server loads, by SGLang's own arguments,
 configuration and loader. OUT gets {name: {"log": our log lines, "most_held":
-full-precision weights held at once} or {"error": text}}; NAME.safetensors beside it gets what each of the layers was
+full-precision weights held at once, "cache": [scale of k, of v] of each layer whose cache has any} or {"error": text}};
+NAME.safetensors beside it gets what each of the layers was
 given and gave: LAYER/x, LAYER/y, and of experts LAYER/topk_weights and LAYER/topk_ids, LAYER/each with every expert's
 own answer, LAYER/scaled, what a GPU's runner makes of routed_scaling_factor = 2.5, and LAYER/on_input, that of one
 expert a token whose router weight goes onto the input.
@@ -83,7 +84,9 @@ def run(job: dict[str, Any], out: Path, watch: Watch, first: bool) -> dict[str, 
             captured |= apply(name, model.get_submodule(name))
         if captured:
             save_file(captured, out)
-        return {"log": lines.lines, "most_held": watch.most_held}
+        caches = [part for part in model.modules() if getattr(part, "k_scale_float", None) is not None]
+        cache = [[part.k_scale_float, part.v_scale_float] for part in caches]
+        return {"log": lines.lines, "most_held": watch.most_held, "cache": cache}
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
     finally:

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, assert_close
-from engines import SMALL, concatenated, flat, options, random_model, run_engine, stored
+from engines import SMALL, SMALL_DENSE, concatenated, flat, options, random_model, run_engine, stored
 from safetensors.torch import load_file, save_file
 from sglang_server import ask_server
 from transformers import (
@@ -407,6 +407,14 @@ def changed(small: Path, name: str, base: str, change: Callable[[Tensors], Any])
     return folder
 
 
+def with_cache_scales(tensors: Tensors) -> None:
+    """As NVIDIA's checkpoints with a KV cache in FP8 hold them."""
+    for module in [
+        name.removesuffix(".weight") for name in tensors if name.endswith(("k_proj.weight", "v_proj.weight"))
+    ]:
+        tensors[f"{module}.{module[-6]}_scale"] = torch.tensor(0.25 if module.endswith("k_proj") else 0.5)
+
+
 def as_modelopt(small: Path) -> Path:
     """A W4A4 export of ModelOpt as it was before config.json knew of it."""
     folder = changed(small, "modelopt", "w4a16", lambda tensors: None)
@@ -423,11 +431,18 @@ def as_modelopt(small: Path) -> Path:
 @pytest.fixture(scope="module")
 def loaded(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Results of tests/sglang_worker.py, with `folder`, where captured tensors lie."""
+    random_model(SMALL_DENSE, small / "dense-bf16")
+    quantize_checkpoint(small / "dense-bf16", small / "dense", fos.preset("w4a16"))
     jobs: dict[str, dict[str, Any]] = {
         "stored W4A4": {"model": small / "w4a4", "layers": LAYERS},
         "online W4A4": {"model": small / "bf16", "flags": [*METHOD, *RUNNER], "layers": LAYERS},
         "modelopt": {"model": as_modelopt(small), "flags": METHOD, "layers": LAYERS},
         "modelopt W4A16": {"model": small / "modelopt", "flags": asking_for("w4a16"), "layers": LAYERS},
+        "cache in FP8": {
+            "model": changed(small, "cache", "dense", with_cache_scales),
+            "flags": ["--kv-cache-dtype", "fp8_e4m3"],
+        },
+        "cache in BF16": {"model": small / "cache"},
         "dummy": {"model": small / "bf16", "flags": [*METHOD, "--load-format", "dummy"]},
         "ignoring": {
             "model": small / "bf16",
@@ -501,6 +516,13 @@ def test_online_loading_holds_the_whole_model_in_full_precision(loaded: dict[str
 
 def test_random_weights_for_benchmarks_are_taken_for_an_incomplete_checkpoint(loaded: dict[str, Any]) -> None:
     assert "error" not in loaded["dummy"], loaded["dummy"]["error"]
+
+
+def test_scales_of_a_cache_in_fp8_are_dropped(loaded: dict[str, Any]) -> None:
+    assert loaded["cache in FP8"].get("cache") == [[0.25, 0.5]] * SMALL_DENSE["num_hidden_layers"], loaded[
+        "cache in FP8"
+    ]
+    assert loaded["cache in BF16"].get("cache") == [], loaded["cache in BF16"]
 
 
 def test_ignore_list_leaves_out_other_layers(loaded: dict[str, Any]) -> None:

@@ -12,7 +12,9 @@ from typing import Any, Final
 import torch
 from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from sglang.srt.layers.quantization.kv_cache import BaseKVCacheMethod
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+from sglang.srt.layers.radix_attention import RadixAttention
 from transformers.utils import cached_file
 
 from fouroversix_plugin.checkpoint.files import HF_QUANT_CONFIG, read_json
@@ -148,6 +150,9 @@ class FourOverSixConfig(_AskedByModels, QuantizationConfig):
             if self.stored is None:
                 return OnlineLinearMethod(self.scheme, self.report, name, self.random_weights)
             return StoredLinearMethod(self.scheme, self.report, name, self.stored)
+        if isinstance(layer, RadixAttention):
+            # Scales of a KV cache in FP8, which some checkpoints hold. SGLang has e5m2 without any.
+            return BaseKVCacheMethod(self) if self.stored and server_args().kv_cache_dtype == "fp8_e4m3" else None
         # Experts are known by the name of their class or a parent's, and the MoE half is imported where it is needed: a
         # class renamed there must not cost dense models the plugin.
         if all(parent.__name__ != "FusedMoE" for parent in type(layer).__mro__):
