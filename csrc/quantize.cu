@@ -91,14 +91,7 @@ template <bool gated, bool past_l1>
 __device__ __forceinline__ uint32_t find_amax(const Quantize& q, int64_t row, const Group& group, Raw* stash) {
   __shared__ uint32_t largest[kMaxThreads / kUnit];
   const int part = group.threads % kWarp == 0 ? kWarp : kUnit;
-  const int blocks = static_cast<int>(q.columns / kBlock);
-  uint32_t found = 0;
-  if (gated || blocks > group.threads) {
-    found = own_largest<gated, past_l1>(q, row, group, stash);
-  } else if (group.lane < blocks) {  // its only one
-    found = largest_bits(larger_magnitudes(read<gated, past_l1>(input_row<gated>(q, row), group.lane, blocks)));
-  }
-  found = largest_of(part, found);
+  const uint32_t found = largest_of(part, own_largest<gated, past_l1>(q, row, group, stash));
   if (group.threads == part) {
     __syncwarp();  // for the stash
     return found;

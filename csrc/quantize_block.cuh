@@ -196,12 +196,9 @@ __device__ __forceinline__ void settle(const Quantize& q, const Row& row, const 
   if constexpr (adaptive) {
     const float term = error_term<metric>(q.recipe.domain, q.recipe.encoded_amax, r, sf, a, row.amax, row.encode,
                                           row.decode);
-    float error = 0.0f;
-#pragma unroll
-    for (int j = 0; j < kBlock; ++j) error = add_error<metric>(error, __shfl_sync(~0u, term, (four ? kBlock : 0) + j));
-    const bool four_wins = __shfl_sync(~0u, error, kBlock) < __shfl_sync(~0u, error, 0);
-    r = __shfl_sync(~0u, r, (four_wins ? kBlock : 0) + i);
-    sf = __shfl_sync(~0u, sf, four_wins ? kBlock : 0);
+    const int winner = four_wins<metric>(term, four ? kBlock : 0) ? kBlock : 0;
+    r = __shfl_sync(~0u, r, winner + i);
+    sf = __shfl_sync(~0u, sf, winner);
   }
   const bool whole = is_finite(v);
   if constexpr (result != Result::codes) {

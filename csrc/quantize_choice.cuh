@@ -268,6 +268,16 @@ __device__ __forceinline__ Found choose(const Row& row, Raw& raw, Chosen<Rounded
   return Found::chosen;
 }
 
+// Whether candidate 4 wins, by terms added in the specification's order: each lane has a value's, and those of its own
+// candidate begin at lane `first`: 0 for candidate 6, kBlock for 4.
+template <Metric metric>
+__device__ __forceinline__ bool four_wins(float term, int first) {
+  float error = 0.0f;
+#pragma unroll
+  for (int j = 0; j < kBlock; ++j) error = add_error<metric>(error, __shfl_sync(~0u, term, first + j));
+  return __shfl_sync(~0u, error, kBlock) < __shfl_sync(~0u, error, 0);
+}
+
 // Chooses for the threads of the warp that have a block `near`, by the specification's errors, and has each call `use`:
 // all of the warp for one after the other, a lane for each value and candidate. Together because few threads have one:
 // alone, a lane would keep 31 waiting for ten times as long. And in few steps: a kernel ends with the last such block.
@@ -292,10 +302,7 @@ __device__ __forceinline__ void decide(const Recipe& recipe, const Row& row, con
     const float r = round_signed(a * reciprocal(scale * its(row.unit)));
     const float term = error_term<metric>(recipe.domain, recipe.encoded_amax, r * (1.0f / kOne), scale, a,
                                           its(row.amax), encode, its(row.decode));
-    float error = 0.0f;
-#pragma unroll
-    for (int j = 0; j < kBlock; ++j) error = add_error<metric>(error, __shfl_sync(~0u, term, first + j));
-    const bool four = __shfl_sync(~0u, error, kBlock) < __shfl_sync(~0u, error, 0);
+    const bool four = four_wins<metric>(term, first);
     Chosen<Rounded> chosen;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

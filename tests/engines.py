@@ -69,6 +69,14 @@ def options(recipe: str, **more: Any) -> dict[str, Any]:
     return {"hf_overrides": {"quantization_config": {"quant_method": "nvfp4_4over6", "recipe": recipe, **more}}}
 
 
+def add_cache_scales(tensors: dict[str, torch.Tensor], k: float, v: float) -> None:
+    """Those of a KV cache in FP8, as NVIDIA's checkpoints hold them: beside the weights of k_proj and v_proj."""
+    for name in list(tensors):
+        for which, scale in (("k", k), ("v", v)):
+            if name.endswith(f".{which}_proj.weight"):
+                tensors[f"{name.removesuffix('weight')}{which}_scale"] = torch.tensor(scale)
+
+
 def random_model(config: Mapping[str, Any], folder: Path, device: str = "cpu") -> Path:
     """A random Llama in BF16, or a Mixtral where the config has experts; ``device`` is where it is made."""
     from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM

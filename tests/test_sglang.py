@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, assert_close
-from engines import SMALL, SMALL_DENSE, concatenated, flat, options, random_model, run_engine, stored
+from engines import SMALL, SMALL_DENSE, add_cache_scales, concatenated, flat, options, random_model, run_engine, stored
 from safetensors.torch import load_file, save_file
 from sglang_server import ask_server
 from transformers import (
@@ -407,14 +407,6 @@ def changed(small: Path, name: str, base: str, change: Callable[[Tensors], Any])
     return folder
 
 
-def with_cache_scales(tensors: Tensors) -> None:
-    """As NVIDIA's checkpoints with a KV cache in FP8 hold them."""
-    for module in [
-        name.removesuffix(".weight") for name in tensors if name.endswith(("k_proj.weight", "v_proj.weight"))
-    ]:
-        tensors[f"{module}.{module[-6]}_scale"] = torch.tensor(0.25 if module.endswith("k_proj") else 0.5)
-
-
 def as_modelopt(small: Path) -> Path:
     """A W4A4 export of ModelOpt as it was before config.json knew of it."""
     folder = changed(small, "modelopt", "w4a16", lambda tensors: None)
@@ -439,7 +431,7 @@ def loaded(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
         "modelopt": {"model": as_modelopt(small), "flags": METHOD, "layers": LAYERS},
         "modelopt W4A16": {"model": small / "modelopt", "flags": asking_for("w4a16"), "layers": LAYERS},
         "cache in FP8": {
-            "model": changed(small, "cache", "dense", with_cache_scales),
+            "model": changed(small, "cache", "dense", lambda tensors: add_cache_scales(tensors, 0.25, 0.5)),
             "flags": ["--kv-cache-dtype", "fp8_e4m3"],
         },
         "cache in BF16": {"model": small / "cache"},
@@ -519,10 +511,9 @@ def test_random_weights_for_benchmarks_are_taken_for_an_incomplete_checkpoint(lo
 
 
 def test_scales_of_a_cache_in_fp8_are_dropped(loaded: dict[str, Any]) -> None:
-    assert loaded["cache in FP8"].get("cache") == [[0.25, 0.5]] * SMALL_DENSE["num_hidden_layers"], loaded[
-        "cache in FP8"
-    ]
-    assert loaded["cache in BF16"].get("cache") == [], loaded["cache in BF16"]
+    in_fp8, in_bf16 = loaded["cache in FP8"], loaded["cache in BF16"]
+    assert in_fp8.get("cache") == [[0.25, 0.5]] * SMALL_DENSE["num_hidden_layers"], in_fp8
+    assert in_bf16.get("cache") == [], in_bf16
 
 
 def test_ignore_list_leaves_out_other_layers(loaded: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import torch
 from conftest import assert_close
 from engines import (
     PLAIN,
+    add_cache_scales,
     calibrated,
     dequantized,
     distance,
@@ -93,8 +94,7 @@ def with_cache_scales(source: Path, target: Path) -> Path:
     """A copy that asks for a KV cache in FP8 and holds its scales, as NVIDIA's do."""
     shutil.copytree(source, target)
     held = load_file(target / "model.safetensors")
-    for module in [name.removesuffix(".weight") for name in held if name.endswith(("k_proj.weight", "v_proj.weight"))]:
-        held[f"{module}.{module[-6]}_scale"] = torch.tensor(0.1)
+    add_cache_scales(held, 0.1, 0.1)
     save_file(held, target / "model.safetensors")
     config = json.loads((target / "config.json").read_text())
     config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "float", "dynamic": False}
