@@ -115,6 +115,9 @@ GRAPHS = {
 }
 # By NCCL alone: vLLM's own sums over ranks need more of a machine.
 TWO = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "disable_custom_all_reduce": True}
+STAGES = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
+# Replicas of what is not an expert: experts are split over both, each by its rows or each rank its half of them.
+REPLICAS = {"two replicas": [], "two replicas with half of the experts": ["--enable-expert-parallel"]}
 # vLLM asserts that sleeping freed memory of the GPU: more than others may take meanwhile.
 SLEEPY = {"enable_sleep_mode": True, "kv_cache_memory_bytes": 8 << 30}
 # Without names, lm_head could be adapted too, and prompts' logprobs would come through that.
@@ -166,9 +169,12 @@ WAYS: dict[str, Callable[[Make], dict[str, Job]]] = {
     "two online W4A4": lambda make: {"": job(make("bf16"), OURS | TWO)},
     "two stored W4A4": lambda make: {"": job(make("w4a4"), TWO)},
     "two with half of the experts": lambda make: {"": job(make("w4a16"), TWO | {"enable_expert_parallel": True})},
+    "two in line BF16": lambda make: {"": job(make("bf16"), STAGES)},
+    "two in line online W4A16": lambda make: {"": job(make("bf16"), options("w4a16") | STAGES)},
+    "two in line stored W4A16": lambda make: {"": job(make("w4a16"), STAGES)},
 }
 """Jobs by the way a model is served."""
-ORDER = ["compiled", *CONFIGS, *WAYS]
+ORDER = ["compiled", *REPLICAS, *CONFIGS, *WAYS]
 """In which runs start: what takes longest first, then what says most."""
 
 
@@ -213,7 +219,7 @@ def runs(
     def prepare(kind: str, way: str) -> Callable[[], dict[str, Any]]:
         place = folder / f"{kind} {way}"
         place.mkdir()
-        if way in CONFIGS:
+        if way in CONFIGS or way in REPLICAS:
             return functools.partial(chat, way, checkpoint(kind, "bf16").result(), place / "server.log", left)
         jobs, asked = WAYS[way](functools.partial(checkpoint, kind)), prompts_of(checkpoint, kind)
 
@@ -229,10 +235,11 @@ def runs(
         yield lambda name: started[name].result(left(PATIENCE)) | {"folder": folder / name.replace(":", "")}
 
 
-def chat(config: str, model: Path, log: Path, left: Left) -> dict[str, Any]:
-    """What a server with a file of configs/serve says."""
-    file = ROOT / "configs" / "serve" / f"{config}.yaml"
-    share = [f"--{name.replace('_', '-')}={value}" for name, value in SHARE.items()]
+def chat(way: str, model: Path, log: Path, left: Left) -> dict[str, Any]:
+    """What a server with a file of configs/serve says, or one of two replicas."""
+    replicas = ["--data-parallel-size=2", *REPLICAS[way]] if way in REPLICAS else []
+    file = ROOT / "configs" / "serve" / f"{'vllm-throughput' if replicas else way}.yaml"
+    share = [f"--{name.replace('_', '-')}={value}" for name, value in SHARE.items()] + replicas
     environment = [f"{name}={value}" for name, value in plugin_environment(log.parent).items()]
     # `vllm serve`, wherever its script was installed.
     serve = ["env", *environment, sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
@@ -447,3 +454,24 @@ def test_two_ranks_quantize_for_their_own_amax(runs: Runs, kind: str, scheme: st
     """With one amax over the ranks, online bytes are slices of the stored ones: not a bit differs."""
     online, stored = (runs(f"{kind}: two {way} {scheme}")[""] for way in ("online", "stored"))
     assert torch.equal(flat(online), flat(stored))
+
+
+@needs_two
+@pytest.mark.engine("{kind}: two in line {way}", "{kind}: two in line BF16", "{kind}: one")
+@pytest.mark.parametrize("way", ["online W4A16", "stored W4A16"])
+@pytest.mark.parametrize("kind", SMALL_KINDS)
+def test_two_stages_move_answers_more_than_those_of_bf16(runs: Runs, kind: str, way: str) -> None:
+    one = runs(f"{kind}: one")
+    stock, _ = moved(runs(f"{kind}: two in line BF16")[""], one["BF16"])
+    ours, agreeing = moved(runs(f"{kind}: two in line {way}")[""], one["W4A16"])
+    print(f"{kind}, two stages, {way}: moved by {ours:.4f}, BF16 by {stock:.4f}; {agreeing} tokens")
+    assert ours <= 2 * stock
+
+
+@needs_two
+@pytest.mark.engine("moe: {way}")
+@pytest.mark.parametrize("way", REPLICAS)
+def test_replicas_do_not_serve(runs: Runs, way: str) -> None:
+    answer = runs(f"moe: {way}")
+    print(f"{way}: {answer['text']!r}")
+    assert "Paris" in answer["text"]
