@@ -237,6 +237,27 @@ std::tuple<Tensor, Tensor> gather_quantized(Tensor x, OptionalTensor amax, Tenso
   return {values, decode_scale};
 }
 
+// As quantize_values, per token, in the place of x [P, K]: rows sorted by expert that multiply_gated has begun to make,
+// with the same progress [P], in `row_tiles` tiles.
+Tensor quantize_beside(Tensor x, OptionalTensor amax, Tensor progress, int64_t row_tiles, int64_t metric, int64_t domain,
+                       bool adaptive, double encoded_amax) {
+  STD_TORCH_CHECK(is_readable(x), "x: needed contiguous and aligned to 16 bytes, or a copy comes between");
+  Inputs in = {x, amax, std::nullopt};
+  Quantize q = describe(in, false, int64_t(Scope::token), metric, domain, adaptive, encoded_amax,
+                        int64_t(Layout::row_major));
+  STD_TORCH_CHECK(q.dtype != Dtype::fp32, "x: got float32, needed bfloat16 or float16");
+  check(progress, "progress", ScalarType::Int, x);
+  STD_TORCH_CHECK(progress.numel() == q.rows && progress.is_contiguous(), "progress: got ", progress.numel(),
+                  " numbers, needed one for each of ", q.rows, " rows");
+  STD_TORCH_CHECK(row_tiles > 0 && row_tiles <= INT32_MAX, "row_tiles: got ", row_tiles, ", needed at least 1");
+  q.progress = static_cast<int32_t*>(progress.data_ptr());
+  q.row_tiles = static_cast<int>(row_tiles);
+  Tensor decode_scale = make_decode_scale(q, x);
+  q.values = x.data_ptr();
+  run(q, x);
+  return decode_scale;
+}
+
 #endif
 
 Tensor dequantize(Tensor packed, Tensor block_scale, OptionalTensor decode_scale, ScalarType dtype) {
@@ -287,6 +308,9 @@ STABLE_TORCH_LIBRARY(FOS_LIBRARY, m) {
   m.def(
       "gather_quantized(Tensor x, Tensor? amax, Tensor row_of_slot, Tensor(a!) slot_of_row, int metric, int domain, "
       "bool adaptive, float encoded_amax) -> (Tensor, Tensor)");
+  m.def(
+      "quantize_beside(Tensor(a!) x, Tensor? amax, Tensor(b!) progress, int row_tiles, int metric, int domain, "
+      "bool adaptive, float encoded_amax) -> Tensor");
 #endif
   m.def("dequantize(Tensor packed, Tensor block_scale, Tensor? decode_scale, ScalarType dtype) -> Tensor");
 }
@@ -296,6 +320,7 @@ STABLE_TORCH_LIBRARY_IMPL(FOS_LIBRARY, FOS_KEY, m) {
   m.impl("quantize_values", TORCH_BOX(&fos::quantize_values));
 #if defined(FOS_CUDA)
   m.impl("gather_quantized", TORCH_BOX(&fos::gather_quantized));
+  m.impl("quantize_beside", TORCH_BOX(&fos::quantize_beside));
 #endif
   m.impl("dequantize", TORCH_BOX(&fos::dequantize));
 }

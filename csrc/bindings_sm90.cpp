@@ -199,29 +199,47 @@ cuda::Route ids_of(Tensor& topk_ids, int64_t experts) {
   return r;
 }
 
-// (row_of_slot [M, top_k], slot_of_row [P], token_of_row [P], blocks [.., 4], in_use [2]): slots by expert, in blocks of at
-// most `tokens` rows. Where rows are to be gathered, that says whose they are, and token_of_row stays empty.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(Tensor topk_ids, int64_t experts, int64_t tokens,
-                                                         bool beside_kernel_before, bool gathered) {
+// How many blocks there may be.
+int64_t most_blocks(int64_t slots, int64_t experts, int64_t tokens) {
+  return slots / tokens + (slots < experts ? slots : experts);
+}
+
+// Whether intermediate results of experts [P, inner] are quantized beside both products: into how many tiles their rows
+// fall, or 0.
+int64_t row_tiles_beside(Tensor topk_ids, int64_t experts, int64_t tokens, int64_t inner, int64_t hidden) {
+  STD_TORCH_CHECK(tokens > 0, "tokens: got 0, needed the rows of a block");
+  const torch::stable::accelerator::DeviceGuard guard(topk_ids.get_device_index());
+  return cuda::row_tiles_beside(most_blocks(topk_ids.numel(), experts, tokens), int_of(tokens), inner, hidden,
+                                chip().multiprocessors);
+}
+
+// (row_of_slot [M, top_k], slot_of_row [P], token_of_row [P], blocks [.., 4], in_use [2], progress [P]): slots by expert, in
+// blocks of at most `tokens` rows. Where rows are to be gathered, that says whose they are, and token_of_row stays empty;
+// so does progress unless it is `followed`.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route(Tensor topk_ids, int64_t experts, int64_t tokens,
+                                                                 bool beside_kernel_before, bool gathered,
+                                                                 bool followed) {
   STD_TORCH_CHECK(!beside_kernel_before || topk_ids.is_contiguous(), "topk_ids: needed contiguous, or a copy comes between");
   STD_TORCH_CHECK(!beside_kernel_before || !gathered, "gathered: what gathers reads x and blocks before it waits for this");
   cuda::Route r = ids_of(topk_ids, experts);
   r.beside_kernel_before = beside_kernel_before;
   r.tokens = int_of(tokens);
   STD_TORCH_CHECK(r.tokens > 0, "tokens: got 0, needed the rows of a block");
-  const int64_t most = r.slots / r.tokens + (r.slots < experts ? r.slots : experts);
+  const int64_t most = most_blocks(r.slots, experts, r.tokens);
   Tensor slot_of_row = torch::stable::new_empty(topk_ids, {r.slots}, ScalarType::Int);
   Tensor token_of_row = torch::stable::new_empty(topk_ids, {gathered ? 0 : r.slots}, ScalarType::Int);
   Tensor row_of_slot = torch::stable::new_empty(topk_ids, {topk_ids.size(0), r.top_k}, ScalarType::Int);
   Tensor blocks = torch::stable::new_empty(topk_ids, {most, 4}, ScalarType::Int);
   Tensor in_use = torch::stable::new_empty(topk_ids, {2}, ScalarType::Int);
+  Tensor progress = torch::stable::new_empty(topk_ids, {followed ? r.slots : 0}, ScalarType::Int);
   r.row_of_slot = ints(row_of_slot);
   if (!gathered) r.slot_of_row = ints(slot_of_row), r.token_of_row = ints(token_of_row);
   r.blocks = reinterpret_cast<cuda::Block*>(blocks.data_ptr());
   r.in_use = ints(in_use);
+  if (followed) r.progress = ints(progress);
   const torch::stable::accelerator::DeviceGuard guard(topk_ids.get_device_index());
   check_launch(cuda::route(r, current_stream(topk_ids)));
-  return {row_of_slot, slot_of_row, token_of_row, blocks, in_use};
+  return {row_of_slot, slot_of_row, token_of_row, blocks, in_use, progress};
 }
 
 // Rows of x [M, K] sorted by expert: [P, K], those of slots that count; and whose they are.
@@ -253,7 +271,11 @@ Tensor gather(Tensor x, Tensor row_of_slot, Tensor slot_of_row, OptionalTensor t
 // Either product of P rows sorted by expert, row i of x and of token_scale or row token_of_row[i].
 Tensor run_experts(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, OptionalTensor token_scale,
                    const OptionalTensor& token_of_row, const OptionalTensor& out_row, const Tensor& blocks,
-                   const Tensor& in_use, int64_t outputs, cuda::Output output, int64_t activation, int64_t tokens) {
+                   const Tensor& in_use, const OptionalTensor& progress, int64_t outputs, cuda::Output output,
+                   int64_t activation, int64_t tokens) {
+  // A copy of one of these would be freed, and written to by whoever gets its memory, while kernels still read it.
+  STD_TORCH_CHECK(!progress.has_value() || (is_readable(x) && is_readable(decode_scale)),
+                  "x, decode_scale: needed contiguous and aligned to 16 bytes beside a quantizer");
   cuda::Gemm g = describe(x, codes, block_scale, decode_scale, token_scale, outputs, output);
   const bool gated = output == cuda::Output::gated;
   g.activation = cuda::Activation(activation);
@@ -276,23 +298,32 @@ Tensor run_experts(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_sca
   const int64_t weight_rows = gated ? 2 * outputs : outputs;
   g.strips = few ? cuda::strips_at_once(ceil_div(weight_rows, 16), g.block_limit, g.columns, g.multiprocessors)
                  : cuda::tiles_at_once(g.row_tiles, g.block_limit, g.tokens, g.multiprocessors);
+  if (progress.has_value()) {
+    check(*progress, "progress", ScalarType::Int, x);
+    STD_TORCH_CHECK(progress->numel() == rows && progress->is_contiguous(), "progress: got ", progress->numel(),
+                    " numbers, needed one for each of ", rows, " rows");
+    STD_TORCH_CHECK(g.strips == 2 && g.tokens <= 64, "progress: needed None for blocks of ", g.tokens, " rows, ", g.strips,
+                    " tiles at once");
+    g.progress = ints(*progress);
+  }
   check_launch(cuda::multiply(g, current_stream(x)));
   return out;
 }
 
 // activation(gate) * up of all rows [P, N], in the dtype of x.
 Tensor multiply_gated(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, OptionalTensor token_scale,
-                      OptionalTensor token_of_row, Tensor blocks, Tensor in_use, int64_t outputs, int64_t activation,
-                      int64_t tokens) {
-  return run_experts(x, codes, block_scale, decode_scale, token_scale, token_of_row, std::nullopt, blocks, in_use, outputs,
-                     cuda::Output::gated, activation, tokens);
+                      OptionalTensor token_of_row, Tensor blocks, Tensor in_use, OptionalTensor progress,
+                      int64_t outputs, int64_t activation, int64_t tokens) {
+  return run_experts(x, codes, block_scale, decode_scale, token_scale, token_of_row, std::nullopt, blocks, in_use,
+                     progress, outputs, cuda::Output::gated, activation, tokens);
 }
 
 // Row i in out_row[i] of fp32 [P, N].
 Tensor multiply_experts(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, OptionalTensor token_scale,
-                        Tensor out_row, Tensor blocks, Tensor in_use, int64_t outputs, int64_t tokens) {
-  return run_experts(x, codes, block_scale, decode_scale, token_scale, std::nullopt, out_row, blocks, in_use, outputs,
-                     cuda::Output::fp32, 0, tokens);
+                        Tensor out_row, Tensor blocks, Tensor in_use, OptionalTensor progress, int64_t outputs,
+                        int64_t tokens) {
+  return run_experts(x, codes, block_scale, decode_scale, token_scale, std::nullopt, out_row, blocks, in_use, progress,
+                     outputs, cuda::Output::fp32, 0, tokens);
 }
 
 Tensor combine(Tensor slots, OptionalTensor topk_weights, Tensor topk_ids, int64_t experts, ScalarType dtype) {
@@ -326,15 +357,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fouroversix_cuda, m) {
       "linear(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, Tensor? token_scale, Tensor? bias, "
       "bool any_rows, int tokens, int split, int strips) -> Tensor");
   m.def(
-      "route(Tensor topk_ids, int experts, int tokens, bool beside_kernel_before, bool gathered) -> (Tensor, Tensor, "
-      "Tensor, Tensor, Tensor)");
+      "route(Tensor topk_ids, int experts, int tokens, bool beside_kernel_before, bool gathered, bool followed) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("row_tiles_beside(Tensor topk_ids, int experts, int tokens, int inner, int hidden) -> int");
   m.def("gather(Tensor x, Tensor row_of_slot, Tensor(a!) slot_of_row, Tensor? topk_weights) -> Tensor");
   m.def(
       "multiply_gated(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, Tensor? token_scale, "
-      "Tensor? token_of_row, Tensor blocks, Tensor in_use, int outputs, int activation, int tokens) -> Tensor");
+      "Tensor? token_of_row, Tensor blocks, Tensor in_use, Tensor(a!)? progress, int outputs, int activation, int tokens) "
+      "-> Tensor");
   m.def(
       "multiply_experts(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, Tensor? token_scale, "
-      "Tensor out_row, Tensor blocks, Tensor in_use, int outputs, int tokens) -> Tensor");
+      "Tensor out_row, Tensor blocks, Tensor in_use, Tensor? progress, int outputs, int tokens) -> Tensor");
   m.def("combine(Tensor slots, Tensor? topk_weights, Tensor topk_ids, int experts, ScalarType dtype) -> Tensor");
 }
 
@@ -343,6 +376,7 @@ STABLE_TORCH_LIBRARY_IMPL(fouroversix_cuda, CUDA, m) {
   m.impl("from_tiles", TORCH_BOX(&fos::from_tiles));
   m.impl("linear", TORCH_BOX(&fos::linear));
   m.impl("route", TORCH_BOX(&fos::route));
+  m.impl("row_tiles_beside", TORCH_BOX(&fos::row_tiles_beside));
   m.impl("gather", TORCH_BOX(&fos::gather));
   m.impl("multiply_gated", TORCH_BOX(&fos::multiply_gated));
   m.impl("multiply_experts", TORCH_BOX(&fos::multiply_experts));

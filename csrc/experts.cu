@@ -91,6 +91,9 @@ __global__ void __launch_bounds__(kRouteThreads) sort_slots(const Route r) {
     __syncthreads();  // before the next experts' numbers come
   }
   if (rank == 0 && thread == 0) r.in_use[0] = blocks, r.in_use[1] = rows;
+  for (int row = rank * kRouteThreads + thread; r.progress != nullptr && row < r.slots; row += ctas * kRouteThreads) {
+    r.progress[row] = row < rows ? 0 : kQuantized;
+  }
   for_slots([&](int slot, int of) {
     const int row = of < 0 ? -1 : atomicAdd(&next[of], 1);
     r.row_of_slot[slot] = row;

@@ -51,6 +51,10 @@ struct Gemm {
   const Block* blocks;       // of experts, each of at most `tokens` rows; null: one weight for all rows
   const int32_t* blocks_in_use;  // on the device
   int block_limit;           // blocks there is room for
+  // Of experts, where a quantizer runs beside both products (Quantize::progress): how far rows are. The gated
+  // product counts the tiles of weight rows that it has made of a row; the other one waits until it is quantized. Else null,
+  // and kernels wait for kernels.
+  int32_t* progress;
   Powers powers;
   // How it is launched.
   int tokens;  // rows of x in a tile: 32, 64 or 128; 192 of experts, 256 of one weight; 8, or 16 of one weight, are few
@@ -89,6 +93,7 @@ struct Route {
   // The kernel before wrote nothing that is read here, and began only after all that did had ended: both may run at once.
   // Then the kernel after waits before it reads anything. Else it may read what was there before this one, without waiting.
   bool beside_kernel_before;
+  int32_t* progress;  // [slots], set to 0, or to kQuantized where there is no such row; or null
 };
 
 struct Gather {
@@ -145,6 +150,10 @@ int strips_at_once(int64_t strips, int64_t blocks, int64_t columns, int multipro
 
 // How many tiles of `tokens` rows of x a CTA takes at once, of `row_tiles` for each of `blocks` blocks.
 int tiles_at_once(int64_t row_tiles, int64_t blocks, int tokens, int multiprocessors);
+
+// Into how many tiles of weight rows the first product of experts falls if a quantizer runs beside it, or 0 where that has
+// too much to do: `blocks` of at most `tokens` rows, `outputs` and `columns` of that product.
+int row_tiles_beside(int64_t blocks, int tokens, int64_t outputs, int64_t columns, int multiprocessors);
 
 cudaError_t multiply(const Gemm& g, cudaStream_t stream);
 

@@ -97,7 +97,7 @@ __device__ __forceinline__ void bring_weights(const Gemm& g, Ring<S> ring, Share
       copy(tile, steps.first + early);
     }
   }
-  wait_for_kernel_before();
+  if constexpr (!S::kAsks) wait_for_kernel_before();
   for (int index = own.first; index < tiles.count; index += own.apart) {
     const Tile tile = tiles(g, index);
     const Steps steps = tile.steps(g);
@@ -108,19 +108,27 @@ __device__ __forceinline__ void bring_weights(const Gemm& g, Ring<S> ring, Share
     }
     early = 0;
   }
+  if constexpr (S::kAsks) wait_for_kernel_before();  // who waits for this one waits for both
   let_kernel_after_start();
 }
 
 // And a warp all rows of x, and notes of experts' tiles.
 template <class S, Columns columns>
 __device__ __forceinline__ void bring_tokens(const Gemm& g, const Maps<S>& maps, Ring<S> ring, Share own, int lane) {
-  wait_for_kernel_before();
+  if constexpr (!S::kAsks) wait_for_kernel_before();
   const Tiles<S, columns> tiles(g);
   [[maybe_unused]] Turn<S> turn;
   for (int index = own.first; index < tiles.count; index += own.apart) {
     const Tile tile = tiles(g, index);
     const Steps steps = tile.steps(g);
     const int rows = copied<S>(tile.block);
+    if constexpr (S::kAsks) {
+      for (int row = tile.block.begin + lane; row < tile.block.end; row += kWarp) {
+        wait_for_number(g.progress + row, kQuantized, kQuantized);
+      }
+      let_copies_see();
+      __syncwarp();
+    }
     if constexpr (kExperts) {
       write_note<S>(g, ring, turn, tile, index / tiles.rows, lane);
       ++turn.tiles;
@@ -131,6 +139,23 @@ __device__ __forceinline__ void bring_tokens(const Gemm& g, const Maps<S>& maps,
       copy_steps(g, maps.of[rows / S::kCopy - 1], ring.at, tile.block.begin, rows, step, S::kSteps, ring.full());
     }
     __syncwarp();  // or the others would wait for the next note's place while the first has copies to make
+  }
+}
+
+// A warp tells of each tile's rows that the tile is written.
+template <class S>
+__device__ __forceinline__ void tell(const Gemm& g, const Ring<S>& ring, Share own, int lane) {
+  wait_for_kernel_before();
+  let_kernel_after_start();  // that quantizes rows beside this one
+  Turn<S> turn;
+  const Tiles<S, Columns::whole> tiles(g);
+  for (int index = own.first; index < tiles.count; index += own.apart, ++turn.tiles) {
+    wait_long(turn.written(ring), turn.parity());
+    const Block block = turn.note(ring).block();
+    __threadfence();  // whoever finds a number finds what these warps wrote before
+    for (int row = block.begin + lane; row < block.end; row += kWarp) atomicAdd(g.progress + row, 1);
+    __syncwarp();
+    if (lane == 0) arrive(turn.empty(ring));
   }
 }
 
@@ -252,12 +277,12 @@ struct Multiply {
 // --- the kernel ---
 
 template <class S, Columns columns>
-__global__ void __launch_bounds__(S::kThreads, 1) gemm(const __grid_constant__ Maps<S> maps, const Gemm g) {
+__device__ __forceinline__ void run(const Maps<S>& maps, const Gemm& g) {
   constexpr int kTokens = S::kTokens;
   extern __shared__ __align__(1024) uint8_t memory[];
   const int warp_of_all = uniform(threadIdx.x / kWarp), lane = threadIdx.x % kWarp;
   const bool consumes = warp_of_all < S::kTeams * S::kWarps;
-  const int producer = warp_of_all - S::kTeams * S::kWarps;  // two or three of a team
+  const int producer = warp_of_all - S::kTeams * S::kWarps;  // two to four of a team
   const int team = consumes ? warp_of_all / S::kWarps : producer % S::kTeams;
   constexpr bool kShared = columns == Columns::shared;
   static_assert(S::kTeams == 1 || columns == Columns::whole);
@@ -275,7 +300,8 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm(const __grid_constant__ M
     if constexpr (kExperts) {
       for (Turn<S> turn; turn.tiles < S::kNotes; ++turn.tiles) {
         barrier_init(turn.full(ring), kWarp);
-        barrier_init(turn.empty(ring), S::kWarps);
+        barrier_init(turn.empty(ring), S::kTells ? 1 : S::kWarps);
+        if (S::kTells) barrier_init(turn.written(ring), S::kWarps);
       }
     }
     barriers_ready();
@@ -287,6 +313,8 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm(const __grid_constant__ M
     const int task = producer / S::kTeams;
     if (task == 1) {
       bring_tokens<S, columns>(g, maps, ring, own, lane);
+    } else if (S::kTells && task == 3) {
+      tell<S>(g, ring, own, lane);
     } else if (lane == 0) {
       if (task == 0) bring_weights<S, columns>(g, ring, own, false);
       if (S::kStored == 2 && task == 2) bring_weights<S, columns>(g, ring, own, true);
@@ -315,7 +343,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm(const __grid_constant__ M
     Multiply<S>{g.powers, ring,   sums,  parts_of<S>(tile.block), static_cast<uint32_t>(copied<S>(tile.block)),
                 codes,    scales, speaks}(steps.last - steps.first);
   };
-  wait_for_kernel_before();
+  if constexpr (!S::kAsks) wait_for_kernel_before();
   if constexpr (kShared) {
     // Sums take the place of the stages, once both warpgroups are done with those.
     float* staged = reinterpret_cast<float*>(memory);
@@ -339,7 +367,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm(const __grid_constant__ M
         multiply(tile, sums);
         write_rows<kTokens>(g, Noted<S>(g, tile, note, warp(), lane), sums, staging(), lane);
         __syncwarp();
-        if (speaks) arrive(turn.empty(ring));
+        if (speaks) arrive(turn.written(ring));
         ++turn.tiles;
       } else {
         const Tile tile = Tiles<S, columns>(g)(g, index);
@@ -354,11 +382,29 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm(const __grid_constant__ M
   }
 }
 
+template <class S, Columns columns>
+__global__ void __launch_bounds__(S::kThreads, 1) gemm(const __grid_constant__ Maps<S> maps, const Gemm g) {
+  run<S, columns>(maps, g);
+}
+
+// The same with fewer registers than there are for as many threads.
+template <class S>
+__global__ void __maxnreg__(S::kRegisters) gemm_beside(const __grid_constant__ Maps<S> maps, const Gemm g) {
+  run<S, Columns::whole>(maps, g);
+}
+
 // --- launching ---
 
 template <class S, Columns columns>
+constexpr auto kernel_of() {
+  if constexpr (S::kBeside) return gemm_beside<S>;
+  else return gemm<S, columns>;
+}
+
+template <class S, Columns columns>
 cudaError_t launch(const Gemm& g, cudaStream_t stream) {
-  if (const cudaError_t error = allow_shared_memory<gemm<S, columns>>(S::kBytes)) return error;
+  constexpr auto kernel = kernel_of<S, columns>();
+  if (const cudaError_t error = allow_shared_memory<kernel>(S::kBytes)) return error;
   Maps<S> maps;
   for (int rows = S::kCopy; rows <= S::kTokens; rows += S::kCopy) {
     if (!map_of(g, rows, S::kSteps, &maps.of[rows / S::kCopy - 1])) return cudaErrorInvalidValue;
@@ -370,7 +416,7 @@ cudaError_t launch(const Gemm& g, cudaStream_t stream) {
   const int64_t ctas = kShared ? tiles * g.split : tiles < g.multiprocessors ? tiles : g.multiprocessors;
   const dim3 grid(static_cast<unsigned>(ctas));
   const unsigned cluster = kShared ? static_cast<unsigned>(g.split) : 0;
-  return launch_early(gemm<S, columns>, grid, cluster, S::kThreads, S::kBytes, stream, maps, g);
+  return launch_early(kernel, grid, cluster, S::kThreads, S::kBytes, stream, maps, g);
 }
 
 // One weight, in tiles of as many tokens.
@@ -385,6 +431,9 @@ cudaError_t launch(const Gemm& g, cudaStream_t stream) {
 
 template <int kTokens>
 cudaError_t launch_experts(const Gemm& g, cudaStream_t stream) {
+  if constexpr (kTokens <= 64) {
+    if (g.progress != nullptr) return launch<Shape<kTokens, 4, 1, true>, Columns::whole>(g, stream);
+  }
   if (g.strips > 1) return launch<Shape<kTokens, 4, 1>, Columns::whole>(g, stream);
   return launch<Shape<kTokens, 2, 2>, Columns::whole>(g, stream);
 }

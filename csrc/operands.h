@@ -50,7 +50,17 @@ struct Quantize {
   const int32_t* row_of_slot;
   int top_k;
   int32_t* slot_of_row;
+  // On Hopper, of values per token that take the place of x: x is a product of experts, rows sorted by them, which is still
+  // being made. Row m is there once progress[m] == row_tiles; once it is quantized, kQuantized stands there. That is what
+  // rows of nobody, which come last, begin with. Else null.
+  int32_t* progress;
+  int row_tiles;
 };
+
+// What the quantizer that runs beside such products has of a multiprocessor, and they leave it.
+constexpr int kBesideThreads = 128, kBesideRegisters = 72;  // a thread's
+constexpr int kBesideMemory = 2048;                         // bytes of shared memory, of which a CTA takes half by being there
+constexpr int32_t kQuantized = -1;
 
 struct Dequantize {
   const uint8_t* packed;       // [rows, columns / 2]

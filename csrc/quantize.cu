@@ -4,8 +4,9 @@
 // Compiled with FOS_DTYPE = bf16, fp16 or fp32, the type of the input, and -fmad=false.
 #include <type_traits>
 
-#include "quantize_block.cuh"
+#include "quantize_beside.cuh"
 #include "quantize_few_rows.cuh"
+#include "quantize_group.cuh"
 
 #define FOS_PASTE_(a, b) a##b
 #define FOS_PASTE(a, b) FOS_PASTE_(a, b)
@@ -19,18 +20,6 @@ constexpr int kMaxThreads = 512;  // of a CTA
 constexpr int kDequantizeThreads = 256;
 
 // --- rows ---
-
-// The group of threads that a row belongs to.
-struct Group {
-  int threads;  // a multiple of kUnit; of the warp for Scope::expert
-  int lane;     // within the group
-  int slot;     // the group's number within the CTA
-};
-
-__device__ __forceinline__ Group group_of_thread(int threads) {
-  const int slot = blockDim.x == threads ? 0 : static_cast<int>(threadIdx.x) / threads;
-  return {threads, static_cast<int>(threadIdx.x) - slot * threads, slot};
-}
 
 // Whose a row is, and the row that its scales go to; -1: nobody's, nowhere. Every warp looks for itself: as the offsets
 // ascend, the expert's number is that of the experts that end at or before the row.
@@ -54,37 +43,6 @@ __device__ __forceinline__ Place find_expert(const Quantize& q, int64_t row) {
   }
   if (before == experts || q.offsets[before] > row) return {-1, q.layout == Layout::row_major ? row : -1};
   return {before, q.layout == Layout::row_major ? row : int64_t(start) * tile + row - q.offsets[before]};
-}
-
-// Largest magnitude, as bits, of the blocks of a row that this thread takes. With a stash, what was read is kept there.
-template <bool gated, bool past_l1 = false>
-__device__ __forceinline__ uint32_t own_largest(const Quantize& q, int64_t row, const Group& group, Raw* stash) {
-  const void* x = input_row<gated>(q, row);
-  const int blocks = static_cast<int>(q.columns / kBlock);
-  // Several loads on their way before the first is looked at: this pass waits for memory, not for arithmetic.
-  constexpr int kAhead = gated ? 1 : 128 / static_cast<int>(sizeof(Raw));
-  uint32_t found = 0;
-  for (int first = group.lane; first < blocks; first += kAhead * group.threads) {
-    Raw raw[kAhead];
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      raw[j] = read<gated, past_l1>(x, min(first + j * group.threads, blocks - 1), blocks);  // the last one again does no harm
-    }
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      if (gated && stash != nullptr) store(stash, first + j * group.threads, raw[j]);
-      found = larger_magnitudes(found, larger_magnitudes(raw[j]));
-    }
-  }
-  return largest_bits(found);
-}
-
-// Of the `threads` that lie beside each other: a warp, or kUnit.
-__device__ __forceinline__ uint32_t largest_of(int threads, uint32_t found) {
-  if (threads == kWarp) return __reduce_max_sync(~0u, found);
-#pragma unroll
-  for (int apart = kUnit / 2; apart > 0; apart /= 2) found = max(found, __shfl_xor_sync(~0u, found, apart));
-  return found;
 }
 
 template <bool gated, bool past_l1>
@@ -113,13 +71,6 @@ struct Shape {
   bool backwards;     // the last row first: the pass before read it last, and it is still in the L2
   unsigned stash;     // bytes of shared memory for a row of silu(gate) * up, or 0: then it is computed twice
 };
-
-// What a thread of the warp has.
-template <class T>
-__device__ __forceinline__ T of_thread(int lane, T own) {
-  if constexpr (std::is_pointer_v<T>) return reinterpret_cast<T>(of_thread(lane, reinterpret_cast<uintptr_t>(own)));
-  else return __shfl_sync(~0u, own, lane);
-}
 
 // One row a group, or a part of it. `amax` is q.amax, or what the pass before found.
 template <Metric metric, bool adaptive, bool gated, Result result>
@@ -170,49 +121,7 @@ __global__ void __maxnreg__((registers<gated, result>()))
   const Target to = target_of<result>(q, row, place.scale_row, blocks, shape.scale_stride);
   const int part = (blocks + shape.parts - 1) / shape.parts, begin = static_cast<int>(blockIdx.y) * part;
   const int end = inside ? min(blocks, begin + part) : 0;
-  // Whole warps, for settle.
-  for (int first = 0; first < part; first += group.threads) {
-    const int block = begin + first + group.lane;
-    Found found = Found::chosen;
-    Raw raw = {};
-    using Rounded = RoundedFor<result>;
-    constexpr bool kDecides = adaptive && result != Result::codes;  // of codes settle does: registers would be spilled
-    Chosen<Rounded> chosen = {};
-    if (block < end) {
-      raw = gated && stash != nullptr ? load(stash, block) : read<gated>(x, block, blocks);
-      found = choose<metric, adaptive>(shared, raw, chosen);
-      if (!kOfSlots<result> && found == Found::chosen) write(to, block, chosen, raw);
-    }
-    if constexpr (kDecides) {
-      decide<metric, Rounded>(q.recipe, shared, raw, found == Found::near, [&](const Chosen<Rounded>& decided) {
-        if constexpr (kOfSlots<result>) {
-          chosen = decided;
-        } else {
-          write(to, block, decided, raw);
-        }
-      });
-    }
-    if constexpr (kOfSlots<result>) write_to_slots(to, block, end, chosen, raw);
-    const bool open = found == Found::unknown || (!kDecides && found == Found::near);
-    for (uint32_t left = __ballot_sync(~0u, open); left != 0; left &= left - 1) {
-      const int lane = __ffs(left) - 1;
-      Row its = shared;
-      its.amax = of_thread(lane, shared.amax);
-      its.encode = of_thread(lane, shared.encode);
-      its.decode = of_thread(lane, shared.decode);
-      Target its_target = to;
-      if constexpr (result == Result::values) {
-        its_target.values = of_thread(lane, to.values);
-      } else if constexpr (kOfSlots<result>) {
-        its_target.row_of_slot = of_thread(lane, to.row_of_slot);
-      } else {
-        its_target.packed = of_thread(lane, to.packed);
-        its_target.scales = of_thread(lane, to.scales);
-      }
-      settle<metric, adaptive, gated, result>(q, its, of_thread(lane, x), gated ? of_thread(lane, stash) : nullptr,
-                                              of_thread(lane, block), its_target);
-    }
-  }
+  quantize_part<metric, adaptive, gated, result>(q, shared, x, stash, to, {begin, part, end}, group);
 }
 
 // The largest magnitude of the tensor, or of each expert's rows, into zeroed memory.
@@ -258,11 +167,20 @@ __global__ void __launch_bounds__(kDequantizeThreads) dequantize_blocks(const __
 struct Kernels {
   void (*rows)(Quantize, const float*, Shape);
   void (*few_rows)(Quantize, int);
+  void (*beside)(Quantize);  // or null: of what no product makes
 };
 
 template <Metric metric, bool adaptive, bool gated, Result result>
-constexpr Kernels kKernels = {quantize_rows<metric, adaptive, gated, result>,
-                              quantize_few_rows<metric, adaptive, gated, result>};
+constexpr Kernels make_kernels() {
+  Kernels made = {quantize_rows<metric, adaptive, gated, result>, quantize_few_rows<metric, adaptive, gated, result>,
+                  nullptr};
+  if constexpr (result == Result::values && !gated && kDtype != Dtype::fp32) {
+    made.beside = quantize_beside<metric, adaptive>;
+  }
+  return made;
+}
+template <Metric metric, bool adaptive, bool gated, Result result>
+constexpr Kernels kKernels = make_kernels<metric, adaptive, gated, result>();
 
 template <bool gated, Result result>
 Kernels kernels_of(const Recipe& recipe) {
@@ -311,16 +229,24 @@ Shape shape_of(const Quantize& q) {
   return shape;
 }
 
-bool is_hopper_or_later() {
-  int device = 0, major = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+// Of the current device, or 0.
+int attribute(cudaDeviceAttr which) {
+  int device = 0, found = 0;
+  const bool known =
+      cudaGetDevice(&device) == cudaSuccess && cudaDeviceGetAttribute(&found, which, device) == cudaSuccess;
+  return known ? found : 0;
 }
+
+bool is_hopper_or_later() { return attribute(cudaDevAttrComputeCapabilityMajor) >= 9; }
 
 }  // namespace
 
 cudaError_t FOS_ENTRY(quantize)(const Quantize& q, float* workspace, cudaStream_t stream) {
   const Kernels kernels = kernels_of(q);
+  if (q.progress != nullptr) {
+    const dim3 grid(static_cast<unsigned>(attribute(cudaDevAttrMultiProcessorCount)));
+    return sm90::launch_early(kernels.beside, grid, 0, kBesideThreads, 0, stream, q);
+  }
   const Cluster cluster = cluster_of(q);
   if (cluster.ctas > 0 && is_hopper_or_later()) {
     const dim3 grid(static_cast<unsigned>(cluster.ctas), static_cast<unsigned>(q.rows));

@@ -23,15 +23,18 @@ constexpr int kChunkBytes = kChunk * kChunkPitch;
 // Who multiplies a tile's columns: one CTA all of them, a cluster together, or one CTA a slice.
 enum class Columns { whole, shared, sliced };
 
-template <int kTokensOfTile, int kGroupsOfTeam, int kTeamsOfCta>
+// `beside`: a quantizer runs beside it, which a CTA leaves registers and memory, and tells or asks how far rows are.
+template <int kTokensOfTile, int kGroupsOfTeam, int kTeamsOfCta, bool beside = false>
 struct Shape {
+  static constexpr bool kBeside = beside, kTells = beside && kOutput == Output::gated, kAsks = beside && !kTells;
   static constexpr int kTokens = kTokensOfTile, kGroups = kGroupsOfTeam, kTeams = kTeamsOfCta;
   static constexpr int kRows = kGroups * kGroupRows;  // of a tile
   static constexpr int kTeam = kGroups * kGroup, kWarps = kTeam / kWarp;
   static constexpr int kConsumers = kTeams * kTeam, kThreads = kConsumers + kGroup;
   static constexpr int kStored = (kGroups + 1) / 2;  // tiles of the stored weight that the rows lie in
   // Registers move from producers to consumers, in eights: a CTA begins with as many for each thread.
-  static constexpr int kRegisters = kAllRegisters / kThreads / 8 * 8;
+  static constexpr int kLeftRegisters = beside ? kBesideThreads * kBesideRegisters : 0;
+  static constexpr int kRegisters = (kAllRegisters - kLeftRegisters) / kThreads / 8 * 8;
   static constexpr int kProducerRegisters = kConsumers == 2 * kGroup ? 40 : 32;
   static constexpr int kConsumerRegisters =
       (kThreads * kRegisters - kGroup * kProducerRegisters) / kConsumers / 8 * 8;
@@ -46,19 +49,21 @@ struct Shape {
   static constexpr int kScalesAt = kCodesAt + kSteps * kGroups * kGroupCodes;
   static constexpr int kStageBytes = (kScalesAt + kSteps * kGroups * kGroupScales + 1023) / 1024 * 1024;
   static constexpr int kStagingBytes = kOutput == Output::fp32 ? 0 : kWarps * kChunkBytes;
-  // And of experts' tiles notes, one while a tile is multiplied, one for the next (see Note), each with two barriers.
-  static constexpr int kNotes = kExperts ? 2 : 0;
+  // And of experts' tiles notes, one while a tile is multiplied, one for the next (see Note), each with two barriers, or a
+  // third for who tells that the tile's results are written.
+  static constexpr int kNotes = kExperts ? 2 : 0, kNoteBarriers = kTells ? 3 : 2;
   static constexpr int kDecodeAt = 16, kTokensAt = kDecodeAt + kRows * 4, kRowsAt = kTokensAt + kTokens * 4;
   static constexpr int kNoteBytes = kRowsAt + (kOutput == Output::fp32 ? kTokens * 4 : 0);
   static_assert(kTokensAt % 16 == 0 && kRowsAt % 16 == 0 && kNoteBytes % 16 == 0);
-  static constexpr int kRingBytes = kSharedMemory / kTeams / 1024 * 1024;
-  static constexpr int kStages = (kRingBytes - kStagingBytes - kNotes * (kNoteBytes + 16)) / (kStageBytes + 16);
+  static constexpr int kRingBytes = (kSharedMemory - (beside ? kBesideMemory : 0)) / kTeams / 1024 * 1024;
+  static constexpr int kStages =
+      (kRingBytes - kStagingBytes - kNotes * (kNoteBytes + kNoteBarriers * 8)) / (kStageBytes + 16);
   static constexpr int kStagingAt = kStages * kStageBytes;
   static constexpr int kNotesAt = kStagingAt + kStagingBytes;
   static constexpr int kBarriersAt = kNotesAt + kNotes * kNoteBytes;
   static constexpr int kNoteBarriersAt = kBarriersAt + kStages * 16;
   static constexpr int kBytes = kTeams * kRingBytes;
-  static_assert(kNoteBarriersAt + kNotes * 16 <= kRingBytes);
+  static_assert(kNoteBarriersAt + kNotes * kNoteBarriers * 8 <= kRingBytes);
   static_assert(kGroups != 2 || kTokens * kTilePitch * 4 <= kStagingAt, "a shared tile's sums take the place of stages");
 };
 
@@ -165,9 +170,11 @@ struct Turn {
     return {ring.base + S::kNotesAt + tiles % S::kNotes * S::kNoteBytes};
   }
   __device__ __forceinline__ uint32_t full(const Ring<S>& ring) const {
-    return ring.base + S::kNoteBarriersAt + tiles % S::kNotes * 16;
+    return ring.base + S::kNoteBarriersAt + tiles % S::kNotes * S::kNoteBarriers * 8;
   }
   __device__ __forceinline__ uint32_t empty(const Ring<S>& ring) const { return full(ring) + 8; }
+  // Where the warps that multiply say that a tile's results are written.
+  __device__ __forceinline__ uint32_t written(const Ring<S>& ring) const { return full(ring) + (S::kTells ? 16 : 8); }
 };
 
 }  // namespace

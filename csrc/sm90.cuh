@@ -125,6 +125,27 @@ __device__ __forceinline__ void arrive_with_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
+// --- between kernels that run at once ---
+
+// The number, once it is one of two. What was written before it was stored (release) can be read from here on.
+__device__ __forceinline__ int32_t wait_for_number(const int32_t* at, int32_t one, int32_t other) {
+  constexpr uint32_t kNanoseconds = 200;
+  while (true) {
+    int32_t found;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(at) : "memory");
+    if (found == one || found == other) return found;
+    __nanosleep(kNanoseconds);
+  }
+}
+
+// All that the warp's threads wrote before __syncwarp() is there for who finds the number.
+__device__ __forceinline__ void store_number(int32_t* at, int32_t number) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(at), "r"(number) : "memory");
+}
+
+// The copy engine, too, sees what this thread can read.
+__device__ __forceinline__ void let_copies_see() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
 // --- registers, of all warps of a warpgroup ---
 
 template <int count>

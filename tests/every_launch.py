@@ -39,7 +39,7 @@ def linear(g: torch.Generator) -> int:
 def experts(g: torch.Generator) -> int:
     calls = 0
     for dtype, activations in itertools.product(DTYPES, (None, Recipe(), PLAIN)):
-        for E, top_k, H, inner in ((4, 2, 576, 192), (16, 8, 128, 48), (140, 4, 640, 192)):
+        for E, top_k, H, inner in ((4, 2, 576, 192), (16, 8, 128, 48), (140, 4, 2064, 192)):
             held = ops.prepare_experts(*random_experts(E, H, inner, g), dtype)
             for M, tokens in itertools.product((1, 7, 64, 300, 900), TILES["experts"]):
                 weights, ids = routing(M, E, top_k, g)

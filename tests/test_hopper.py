@@ -4,6 +4,7 @@ import itertools
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -157,7 +158,9 @@ def test_a_slot_is_lost_or_lies_among_those_of_another_expert(tokens: int, exper
     g = generator("cuda", "sorted", tokens, experts)
     ids = torch.randint(-1, experts + 1, (tokens, top_k), generator=g, device="cuda", dtype=torch.int32)
     kernels = torch.ops.fouroversix_cuda
-    row_of_slot, slot_of_row, token_of_row, blocks, in_use = kernels.route(ids, experts, most, False, gathered)
+    row_of_slot, slot_of_row, token_of_row, blocks, in_use, progress = kernels.route(
+        ids, experts, most, False, gathered, gathered
+    )
     x = torch.randn(tokens, 48, generator=g, device="cuda", dtype=torch.bfloat16)
     rows_of_x = kernels.gather(x, row_of_slot, slot_of_row, None) if gathered else None
     block_count, count = in_use.tolist()
@@ -173,6 +176,9 @@ def test_a_slot_is_lost_or_lies_among_those_of_another_expert(tokens: int, exper
     assert bool(((begin < end) & (end - begin <= most)).all())
     needed = -(-torch.bincount(ids[counts].long(), minlength=experts) // most)
     assert torch.equal(torch.bincount(expert, minlength=experts), needed)
+    assert progress.numel() == (ids.numel() if gathered else 0)
+    assert not progress[:count].any()
+    assert bool((progress[count:] == -1).all())
     if gathered:
         assert torch.equal(rows_of_x[:count], x[slots // top_k])
     else:
@@ -196,7 +202,7 @@ def test_a_row_quantized_for_its_slots_is_another(
         x[0, :16], x[-1, 5] = 0, torch.nan
     amax = torch.tensor(3.0, device="cuda") if static else None
     ids = torch.randint(-1, experts + 1, (tokens, top_k), generator=g, device="cuda", dtype=torch.int32)
-    row_of_slot, slot_of_row, _, _, in_use = torch.ops.fouroversix_cuda.route(ids, experts, 64, False, True)
+    row_of_slot, slot_of_row, _, _, in_use, _ = torch.ops.fouroversix_cuda.route(ids, experts, 64, False, True, False)
     found, scale = native.gather_quantized(x, recipe, amax, row_of_slot, slot_of_row)
     values, token_scale = native.quantize_values(x, recipe, amax, False)
     count = int(in_use[1])
@@ -205,6 +211,39 @@ def test_a_row_quantized_for_its_slots_is_another(
     assert torch.equal(row_of_slot.flatten()[slots], torch.arange(count, device="cuda").int())
     assert_same_tensor("values", found[:count], values[slots // top_k])
     assert_same_tensor("scales", scale[:count], token_scale[slots // top_k])
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(metric="mae"), Recipe(metric="abs_max"), PLAIN], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("static", [False, True])
+# Whole tiles of 32 and of 64 rows, and parts of tiles and steps.
+@pytest.mark.parametrize(("hidden", "inner", "tokens"), [(2048, 768, 200), (2048, 768, 400), (1040, 208, 300)])
+def test_quantizing_beside_products_changes_a_bit(
+    hidden: int, inner: int, tokens: int, static: bool, dtype: torch.dtype, recipe: Recipe
+) -> None:
+    experts, top_k, calls = 80, 4, 12
+    g = generator("cuda", "beside", hidden, inner, tokens)
+    held = ops.prepare_experts(*random_experts(experts, hidden, inner, g), dtype)
+    amax = torch.tensor(3.0, device="cuda") if static else None
+    weights, ids = routing(tokens, experts, top_k, g)
+    x = [random_x(tokens, hidden, dtype, g) for _ in range(calls)]
+    x[1][3], x[1][5, 1], x[1][7] = 0, torch.nan, 30000
+    # As they come, half of them elsewhere, most to one expert, none.
+    of_call = [ids, torch.where(ids < experts // 2, ids, -1), torch.where(ids < 70, ids, 3), torch.full_like(ids, -1)]
+
+    def outputs() -> list[Tensor]:
+        # One after the other, in each other's memory.
+        return [
+            ops.moe(own, *held, weights, of_call[i % 4], recipe, "silu", False, None, amax) for i, own in enumerate(x)
+        ]
+
+    rows = hopper._rows_of_a_tile(ids.numel(), experts, hidden, inner)
+    assert hopper._row_tiles_beside(ids, experts, rows, inner, hidden) > 0
+    found = outputs()
+    with mock.patch.object(hopper, "_row_tiles_beside", return_value=0):
+        expected = outputs()
+    for i, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        assert_same_tensor(f"call {i}", ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -223,11 +262,11 @@ def test_the_pinned_silu_of_a_gate_is_another_number(tokens: int, dtype: torch.d
     kernels = torch.ops.fouroversix_cuda
     ids = torch.zeros(len(gate), 1, device="cuda", dtype=torch.int32)
     few = tokens == 8
-    row_of_slot, slot_of_row, token_of_row, blocks, in_use = kernels.route(ids, 1, tokens, False, not few)
+    row_of_slot, slot_of_row, token_of_row, blocks, in_use, _ = kernels.route(ids, 1, tokens, False, not few, False)
     inner = kernels.multiply_gated(
         x if few else kernels.gather(x, row_of_slot, slot_of_row, None),
         held.weight, held.block_scale, held.decode_scale, None, token_of_row if few else None,
-        blocks, in_use, 16, hopper._PINNED_SILU, tokens,
+        blocks, in_use, None, 16, hopper._PINNED_SILU, tokens,
     )  # fmt: skip
     expected = reference.silu_and_mul(x[:, :2].cpu()).expand(-1, 16)
     of_token = torch.empty_like(inner).index_copy_(0, slot_of_row.long(), inner)

@@ -130,19 +130,22 @@ def moe(
     on_input = apply_router_weight_on_input
     tokens = _rows_of_a_tile(topk_ids.numel(), experts, hidden, half)
     on_rows = topk_weights if on_input else None
-    rows = _sort_by_expert(x, topk_ids, on_rows, experts, tokens, activations, input_amax)
+    row_tiles = 0 if activations is None else _row_tiles_beside(topk_ids, experts, tokens, half, hidden)
+    rows = _sort_by_expert(x, topk_ids, on_rows, experts, tokens, activations, input_amax, row_tiles > 0)
     pinned = activations is not None and activation == "silu"
     gating = _PINNED_SILU if pinned else _ACTIVATIONS.index(activation)
     inner = kernels.multiply_gated(
         rows.x, w13, w13_block_scale, w13_decode_scale, rows.token_scale, rows.token_of_row, rows.blocks, rows.in_use,
-        half, gating, tokens,
+        rows.progress, half, gating, tokens,
     )  # fmt: skip
     inner_scale = None
-    if activations is not None:
+    if rows.progress is not None and activations is not None:
+        inner_scale = native.quantize_beside(inner, activations, inner_amax, rows.progress, row_tiles)
+    elif activations is not None:
         inner, inner_scale = native.quantize_values(inner, activations, inner_amax, False)
     products = kernels.multiply_experts(
-        inner, w2, w2_block_scale, w2_decode_scale, inner_scale, rows.slot_of_row, rows.blocks, rows.in_use, hidden,
-        tokens,
+        inner, w2, w2_block_scale, w2_decode_scale, inner_scale, rows.slot_of_row, rows.blocks, rows.in_use,
+        rows.progress, hidden, tokens,
     )  # fmt: skip
     out: Tensor = kernels.combine(products, None if on_input else topk_weights, topk_ids, experts, x.dtype)
     return out
@@ -157,6 +160,7 @@ class _Rows(NamedTuple):
     slot_of_row: Tensor  # [P]
     blocks: Tensor  # [.., 4], as csrc/gemm.h's Block
     in_use: Tensor  # [2]: blocks, rows
+    progress: Tensor | None  # [P]: how far a row's intermediate result is, where it is quantized beside the products
 
 
 def _sort_by_expert(
@@ -167,9 +171,10 @@ def _sort_by_expert(
     tokens: int,
     activations: Recipe | None,
     input_amax: Tensor | None,
+    followed: bool,
 ) -> _Rows:
     """Rows of x by the expert of each slot, times ``topk_weights`` where given, quantized; in blocks of at most
-    ``tokens``.
+    ``tokens``. ``followed``: with room for their progress.
 
     Quantizing x and sorting slots take their time side by side: whichever is launched second begins before the first
     has ended. So nothing that the first reads may be freed, and written to by the second, until both are launched.
@@ -182,16 +187,23 @@ def _sort_by_expert(
     if tokens <= _FEW_ROWS and topk_weights is None:
         values, scale = (x, None) if activations is None else native.quantize_values(x, activations, input_amax, False)
         beside = activations is not None
-        _, slot_of_row, token_of_row, blocks, in_use = kernels.route(topk_ids, experts, tokens, beside, False)
-        return _Rows(values, scale, token_of_row, slot_of_row, blocks, in_use)
-    row_of_slot, slot_of_row, _, blocks, in_use = kernels.route(topk_ids, experts, tokens, False, True)
+        _, slot_of_row, token_of_row, blocks, in_use, _ = kernels.route(topk_ids, experts, tokens, beside, False, False)
+        return _Rows(values, scale, token_of_row, slot_of_row, blocks, in_use, None)
+    row_of_slot, slot_of_row, _, blocks, in_use, progress = kernels.route(
+        topk_ids, experts, tokens, False, True, followed
+    )
     if activations is not None and topk_weights is None:
         values, scale = native.gather_quantized(x, activations, input_amax, row_of_slot, slot_of_row)
     else:
         values, scale = kernels.gather(x, row_of_slot, slot_of_row, topk_weights), None
         if activations is not None:
             values, scale = native.quantize_values(values, activations, input_amax, False)
-    return _Rows(values, scale, None, slot_of_row, blocks, in_use)
+    return _Rows(values, scale, None, slot_of_row, blocks, in_use, progress if followed else None)
+
+
+def _row_tiles_beside(topk_ids: Tensor, experts: int, tokens: int, inner: int, hidden: int) -> int:
+    """Into how many tiles rows of intermediate results fall if they are quantized beside both products, or 0."""
+    return int(torch.ops.fouroversix_cuda.row_tiles_beside(topk_ids, experts, tokens, inner, hidden))
 
 
 def _rows_of_a_tile(slots: int, experts: int, *columns: int) -> int:

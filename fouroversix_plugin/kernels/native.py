@@ -64,6 +64,17 @@ def gather_quantized(
     return out
 
 
+def quantize_beside(x: Tensor, recipe: Recipe, amax: Tensor | None, progress: Tensor, row_tiles: int) -> Tensor:
+    """What :func:`quantize_values` makes of x [P, K], in its place: token_scale [P].
+
+    On Hopper, of intermediate results of experts that are still being made: ``multiply_gated`` was called with the same
+    ``progress`` just before. No memory that this or that call had may be freed before ``multiply_experts`` was called
+    with ``progress``: all three run at once.
+    """
+    out: Tensor = torch.ops.fouroversix_cuda.quantize_beside(x, amax, progress, row_tiles, *_taken_apart(recipe))
+    return out
+
+
 def dequantize(packed: Tensor, block_scale: Tensor, decode_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """[..., M, K] from block scales as bytes and a decode scale per row, or none for e2m1 * block_scale."""
     out: Tensor = _of(packed).dequantize(packed, block_scale, decode_scale, dtype)
