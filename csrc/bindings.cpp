@@ -237,6 +237,22 @@ std::tuple<Tensor, Tensor> gather_quantized(Tensor x, OptionalTensor amax, Tenso
   return {values, decode_scale};
 }
 
+// As quantize_values, per token, of rows sorted by expert. in_use: [2], the second says how many of them are somebody's.
+std::tuple<Tensor, Tensor> quantize_sorted(Tensor x, OptionalTensor amax, Tensor in_use, int64_t metric, int64_t domain,
+                                           bool adaptive, double encoded_amax) {
+  Inputs in = {x, amax, std::nullopt};
+  Quantize q = describe(in, false, int64_t(Scope::token), metric, domain, adaptive, encoded_amax,
+                        int64_t(Layout::row_major));
+  check(in_use, "in_use", ScalarType::Int, x);
+  STD_TORCH_CHECK(in_use.numel() == 2 && in_use.is_contiguous(), "in_use: needed [2]");
+  q.rows_in_use = static_cast<const int32_t*>(in_use.data_ptr()) + 1;
+  Tensor values = torch::stable::new_empty(in.x, {q.rows, q.columns}, in.x.scalar_type());
+  Tensor decode_scale = make_decode_scale(q, in.x);
+  q.values = values.data_ptr();
+  run(q, in.x);
+  return {values, decode_scale};
+}
+
 // As quantize_values, per token, in the place of x [P, K]: rows sorted by expert that multiply_gated has begun to make,
 // with the same progress [P], in `row_tiles` tiles.
 Tensor quantize_beside(Tensor x, OptionalTensor amax, Tensor progress, int64_t row_tiles, int64_t metric, int64_t domain,
@@ -309,6 +325,9 @@ STABLE_TORCH_LIBRARY(FOS_LIBRARY, m) {
       "gather_quantized(Tensor x, Tensor? amax, Tensor row_of_slot, Tensor(a!) slot_of_row, int metric, int domain, "
       "bool adaptive, float encoded_amax) -> (Tensor, Tensor)");
   m.def(
+      "quantize_sorted(Tensor x, Tensor? amax, Tensor in_use, int metric, int domain, bool adaptive, "
+      "float encoded_amax) -> (Tensor, Tensor)");
+  m.def(
       "quantize_beside(Tensor(a!) x, Tensor? amax, Tensor(b!) progress, int row_tiles, int metric, int domain, "
       "bool adaptive, float encoded_amax) -> Tensor");
 #endif
@@ -320,6 +339,7 @@ STABLE_TORCH_LIBRARY_IMPL(FOS_LIBRARY, FOS_KEY, m) {
   m.impl("quantize_values", TORCH_BOX(&fos::quantize_values));
 #if defined(FOS_CUDA)
   m.impl("gather_quantized", TORCH_BOX(&fos::gather_quantized));
+  m.impl("quantize_sorted", TORCH_BOX(&fos::quantize_sorted));
   m.impl("quantize_beside", TORCH_BOX(&fos::quantize_beside));
 #endif
   m.impl("dequantize", TORCH_BOX(&fos::dequantize));

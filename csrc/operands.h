@@ -50,6 +50,9 @@ struct Quantize {
   const int32_t* row_of_slot;
   int top_k;
   int32_t* slot_of_row;
+  // On GPUs, of values per token: how many of the rows are somebody's. The others come last, and what is made of them means
+  // nothing. Else null.
+  const int32_t* rows_in_use;
   // On Hopper, of values per token that take the place of x: x is a product of experts, rows sorted by them, which is still
   // being made. Row m is there once progress[m] == row_tiles; once it is quantized, kQuantized stands there. That is what
   // rows of nobody, which come last, begin with. Else null.

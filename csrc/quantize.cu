@@ -79,7 +79,7 @@ __global__ void __maxnreg__((registers<gated, result>()))
   extern __shared__ uint4 stashes[];
   const Group group = group_of_thread(shape.group);
   const int64_t index = int64_t(blockIdx.x) * shape.groups + group.slot;
-  const bool inside = index < q.rows;  // of whole groups
+  bool inside = index < q.rows;  // of whole groups
   const int64_t taken = inside ? index : q.rows - 1;  // a warp's other half may be inside: then these look at a row, too
   const int64_t row = shape.backwards ? q.rows - 1 - taken : taken;
   Raw* stash = nullptr;
@@ -87,6 +87,7 @@ __global__ void __maxnreg__((registers<gated, result>()))
     stash = reinterpret_cast<Raw*>(reinterpret_cast<char*>(stashes) + group.slot * shape.stash);
   }
   if (!kOfSlots<result> || amax != nullptr) take_turn();
+  const bool used = in_use(q, row);  // asked with the row's first values, not before them
 
   Place place = {0, row};
   uint32_t row_amax = 0;
@@ -105,6 +106,7 @@ __global__ void __maxnreg__((registers<gated, result>()))
   } else {
     row_amax = bits<uint32_t>(amax[0]);
   }
+  inside = inside && used;
   const GlobalScales global = global_scales(bits<float>(row_amax), q.recipe.encoded_amax);
   const Row shared = row_of(global);
   if constexpr (kOfSlots<result>) take_turn();

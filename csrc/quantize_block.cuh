@@ -50,6 +50,11 @@ __device__ __forceinline__ void take_turn() {
   let_kernel_after_start();
 }
 
+// Whether a row is somebody's.
+__device__ __forceinline__ bool in_use(const Quantize& q, int64_t row) {
+  return q.rows_in_use == nullptr || row < __ldcg(q.rows_in_use);
+}
+
 template <Result result>
 using RoundedFor = std::conditional_t<result == Result::codes, Codes, Numbers>;
 

@@ -76,13 +76,14 @@ __global__ void __maxnreg__((registers<gated, result>()))
   const void* x = input_row<gated>(q, row);
   const Target to = target_of<result>(q, row, row, blocks, scale_stride);
   if constexpr (!kOfSlots<result>) take_turn();
+  const bool used = in_use(q, row);
   Raw raw = read<gated, kOfSlots<result>>(x, min(block, blocks - 1), blocks);  // the last one again does no harm
   const uint32_t amax = largest_of_cluster(exchange, warps, largest_bits(larger_magnitudes(raw)));
   const GlobalScales global = global_scales(bits<float>(amax), q.recipe.encoded_amax);
   const Row shared = row_of(global);
   using Rounded = RoundedFor<result>;
   Chosen<Rounded> chosen = {};
-  const bool inside = block < blocks;
+  const bool inside = block < blocks && used;
   const Found found = inside ? choose<metric, adaptive>(shared, raw, chosen) : Found::chosen;
   if constexpr (adaptive) {  // for slots while the kernel before still sorts them
     decide<metric, Rounded>(q.recipe, shared, raw, found == Found::near,

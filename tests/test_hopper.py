@@ -213,6 +213,23 @@ def test_a_row_quantized_for_its_slots_is_another(
     assert_same_tensor("scales", scale[:count], token_scale[slots // top_k])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("used", [0, 1, 37, 90])
+# A cluster a row, and a group of threads.
+@pytest.mark.parametrize("rows", [90, 1000])
+def test_a_sorted_row_is_quantized_otherwise(rows: int, used: int, static: bool, dtype: torch.dtype) -> None:
+    g = generator("cuda", "sorted rows", rows)
+    x = torch.randn(rows, 768, generator=g, device="cuda", dtype=dtype)
+    amax = torch.tensor(3.0, device="cuda") if static else None
+    expected = native.quantize_values(x, Recipe(), amax, False)
+    x[used:] = torch.nan
+    in_use = torch.tensor([1, used], device="cuda", dtype=torch.int32)
+    found = native.quantize_sorted(x, Recipe(), amax, in_use)
+    for name, ours, theirs in zip(("values", "scales"), found, expected, strict=True):
+        assert_same_tensor(name, ours[:used], theirs[:used])
+
+
 @pytest.mark.parametrize("recipe", [Recipe(), Recipe(metric="mae"), Recipe(metric="abs_max"), PLAIN], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("static", [False, True])

@@ -142,7 +142,7 @@ def moe(
     if rows.progress is not None and activations is not None:
         inner_scale = native.quantize_beside(inner, activations, inner_amax, rows.progress, row_tiles)
     elif activations is not None:
-        inner, inner_scale = native.quantize_values(inner, activations, inner_amax, False)
+        inner, inner_scale = native.quantize_sorted(inner, activations, inner_amax, rows.in_use)
     products = kernels.multiply_experts(
         inner, w2, w2_block_scale, w2_decode_scale, inner_scale, rows.slot_of_row, rows.blocks, rows.in_use,
         rows.progress, hidden, tokens,
@@ -197,7 +197,7 @@ def _sort_by_expert(
     else:
         values, scale = kernels.gather(x, row_of_slot, slot_of_row, topk_weights), None
         if activations is not None:
-            values, scale = native.quantize_values(values, activations, input_amax, False)
+            values, scale = native.quantize_sorted(values, activations, input_amax, in_use)
     return _Rows(values, scale, None, slot_of_row, blocks, in_use, progress if followed else None)
 
 

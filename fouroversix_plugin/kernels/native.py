@@ -1,6 +1,6 @@
 """The compiled operators (``torch.ops.fouroversix_cpu`` and ``_cuda``) by the names and types of this package.
 
-Both devices have the same three quantizers, CUDA devices one more for experts, and the CPU products;
+Both devices have the same three quantizers, CUDA devices three more for experts, and the CPU products;
 :mod:`fouroversix_plugin.kernels.build` compiles and loads them.
 """
 
@@ -61,6 +61,16 @@ def gather_quantized(
     out: tuple[Tensor, Tensor] = torch.ops.fouroversix_cuda.gather_quantized(
         x, amax, row_of_slot, slot_of_row, *_taken_apart(recipe)
     )
+    return out
+
+
+def quantize_sorted(x: Tensor, recipe: Recipe, amax: Tensor | None, in_use: Tensor) -> tuple[Tensor, Tensor]:
+    """What :func:`quantize_values` makes of rows of x [P, K] that are sorted by expert.
+
+    On CUDA devices. Of ``in_use``, int32 [2], the second number says how many rows there are: what is made of the
+    others means nothing.
+    """
+    out: tuple[Tensor, Tensor] = torch.ops.fouroversix_cuda.quantize_sorted(x, amax, in_use, *_taken_apart(recipe))
     return out
 
 
