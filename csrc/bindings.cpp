@@ -257,7 +257,8 @@ std::tuple<Tensor, Tensor> quantize_sorted(Tensor x, OptionalTensor amax, Tensor
 // with the same progress [P], in `row_tiles` tiles.
 Tensor quantize_beside(Tensor x, OptionalTensor amax, Tensor progress, int64_t row_tiles, int64_t metric, int64_t domain,
                        bool adaptive, double encoded_amax) {
-  STD_TORCH_CHECK(is_readable(x), "x: needed contiguous and aligned to 16 bytes, or a copy comes between");
+  STD_TORCH_CHECK(is_readable(x) && (!amax.has_value() || amax->is_contiguous()),
+                  "x, amax: needed contiguous and x aligned to 16 bytes, or a copy comes between");
   Inputs in = {x, amax, std::nullopt};
   Quantize q = describe(in, false, int64_t(Scope::token), metric, domain, adaptive, encoded_amax,
                         int64_t(Layout::row_major));

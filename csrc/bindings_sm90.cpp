@@ -204,13 +204,14 @@ int64_t most_blocks(int64_t slots, int64_t experts, int64_t tokens) {
   return slots / tokens + (slots < experts ? slots : experts);
 }
 
-// Whether intermediate results of experts [P, inner] are quantized beside both products: into how many tiles their rows
-// fall, or 0.
-int64_t row_tiles_beside(Tensor topk_ids, int64_t experts, int64_t tokens, int64_t inner, int64_t hidden) {
+// Whether both products run at once, and the quantizer of intermediate results [P, inner] where they are `quantized`: into
+// how many tiles of weight rows a row of these falls, or 0.
+int64_t row_tiles_beside(Tensor topk_ids, int64_t experts, int64_t tokens, int64_t inner, int64_t hidden,
+                         bool quantized) {
   STD_TORCH_CHECK(tokens > 0, "tokens: got 0, needed the rows of a block");
   const torch::stable::accelerator::DeviceGuard guard(topk_ids.get_device_index());
   return cuda::row_tiles_beside(most_blocks(topk_ids.numel(), experts, tokens), int_of(tokens), inner, hidden,
-                                chip().multiprocessors);
+                                quantized, chip().multiprocessors);
 }
 
 // (row_of_slot [M, top_k], slot_of_row [P], token_of_row [P], blocks [.., 4], in_use [2], progress [P]): slots by expert, in
@@ -271,11 +272,13 @@ Tensor gather(Tensor x, Tensor row_of_slot, Tensor slot_of_row, OptionalTensor t
 // Either product of P rows sorted by expert, row i of x and of token_scale or row token_of_row[i].
 Tensor run_experts(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, OptionalTensor token_scale,
                    const OptionalTensor& token_of_row, const OptionalTensor& out_row, const Tensor& blocks,
-                   const Tensor& in_use, const OptionalTensor& progress, int64_t outputs, cuda::Output output,
-                   int64_t activation, int64_t tokens) {
+                   const Tensor& in_use, const OptionalTensor& progress, int64_t whole, int64_t outputs,
+                   cuda::Output output, int64_t activation, int64_t tokens) {
   // A copy of one of these would be freed, and written to by whoever gets its memory, while kernels still read it.
-  STD_TORCH_CHECK(!progress.has_value() || (is_readable(x) && is_readable(decode_scale)),
-                  "x, decode_scale: needed contiguous and aligned to 16 bytes beside a quantizer");
+  const bool as_they_are =
+      is_readable(x) && is_readable(decode_scale) && (!token_scale.has_value() || token_scale->is_contiguous());
+  STD_TORCH_CHECK(!progress.has_value() || as_they_are,
+                  "x, decode_scale, token_scale: needed contiguous and aligned to 16 bytes beside another product");
   cuda::Gemm g = describe(x, codes, block_scale, decode_scale, token_scale, outputs, output);
   const bool gated = output == cuda::Output::gated;
   g.activation = cuda::Activation(activation);
@@ -302,9 +305,13 @@ Tensor run_experts(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_sca
     check(*progress, "progress", ScalarType::Int, x);
     STD_TORCH_CHECK(progress->numel() == rows && progress->is_contiguous(), "progress: got ", progress->numel(),
                     " numbers, needed one for each of ", rows, " rows");
-    STD_TORCH_CHECK(g.strips == 2 && g.tokens <= 64, "progress: needed None for blocks of ", g.tokens, " rows, ", g.strips,
-                    " tiles at once");
+    STD_TORCH_CHECK((g.tokens == 32 || g.tokens == 64) && g.strips == 2, "progress: needed None for blocks of ", g.tokens,
+                    " rows, ", g.strips, " tiles at once");
+    // With another number the second product would wait for ever.
+    STD_TORCH_CHECK(whole == kQuantized || (gated ? whole == ceil_div(g.row_tiles, 2) : whole > 0), "whole: got ", whole,
+                    ", needed ", kQuantized, " or the gated product's tiles of a row");
     g.progress = ints(*progress);
+    g.whole = static_cast<int32_t>(whole);
   }
   check_launch(cuda::multiply(g, current_stream(x)));
   return out;
@@ -313,17 +320,17 @@ Tensor run_experts(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_sca
 // activation(gate) * up of all rows [P, N], in the dtype of x.
 Tensor multiply_gated(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, OptionalTensor token_scale,
                       OptionalTensor token_of_row, Tensor blocks, Tensor in_use, OptionalTensor progress,
-                      int64_t outputs, int64_t activation, int64_t tokens) {
+                      int64_t whole, int64_t outputs, int64_t activation, int64_t tokens) {
   return run_experts(x, codes, block_scale, decode_scale, token_scale, token_of_row, std::nullopt, blocks, in_use,
-                     progress, outputs, cuda::Output::gated, activation, tokens);
+                     progress, whole, outputs, cuda::Output::gated, activation, tokens);
 }
 
 // Row i in out_row[i] of fp32 [P, N].
 Tensor multiply_experts(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, OptionalTensor token_scale,
-                        Tensor out_row, Tensor blocks, Tensor in_use, OptionalTensor progress, int64_t outputs,
-                        int64_t tokens) {
+                        Tensor out_row, Tensor blocks, Tensor in_use, OptionalTensor progress, int64_t whole,
+                        int64_t outputs, int64_t tokens) {
   return run_experts(x, codes, block_scale, decode_scale, token_scale, std::nullopt, out_row, blocks, in_use, progress,
-                     outputs, cuda::Output::fp32, 0, tokens);
+                     whole, outputs, cuda::Output::fp32, 0, tokens);
 }
 
 Tensor combine(Tensor slots, OptionalTensor topk_weights, Tensor topk_ids, int64_t experts, ScalarType dtype) {
@@ -359,15 +366,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fouroversix_cuda, m) {
   m.def(
       "route(Tensor topk_ids, int experts, int tokens, bool beside_kernel_before, bool gathered, bool followed) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("row_tiles_beside(Tensor topk_ids, int experts, int tokens, int inner, int hidden) -> int");
+  m.def("row_tiles_beside(Tensor topk_ids, int experts, int tokens, int inner, int hidden, bool quantized) -> int");
   m.def("gather(Tensor x, Tensor row_of_slot, Tensor(a!) slot_of_row, Tensor? topk_weights) -> Tensor");
   m.def(
       "multiply_gated(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, Tensor? token_scale, "
-      "Tensor? token_of_row, Tensor blocks, Tensor in_use, Tensor(a!)? progress, int outputs, int activation, int tokens) "
-      "-> Tensor");
+      "Tensor? token_of_row, Tensor blocks, Tensor in_use, Tensor(a!)? progress, int whole, int outputs, int activation, "
+      "int tokens) -> Tensor");
   m.def(
       "multiply_experts(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_scale, Tensor? token_scale, "
-      "Tensor out_row, Tensor blocks, Tensor in_use, Tensor? progress, int outputs, int tokens) -> Tensor");
+      "Tensor out_row, Tensor blocks, Tensor in_use, Tensor? progress, int whole, int outputs, int tokens) -> "
+      "Tensor");
   m.def("combine(Tensor slots, Tensor? topk_weights, Tensor topk_ids, int experts, ScalarType dtype) -> Tensor");
 }
 

@@ -51,10 +51,11 @@ struct Gemm {
   const Block* blocks;       // of experts, each of at most `tokens` rows; null: one weight for all rows
   const int32_t* blocks_in_use;  // on the device
   int block_limit;           // blocks there is room for
-  // Of experts, where a quantizer runs beside both products (Quantize::progress): how far rows are. The gated
-  // product counts the tiles of weight rows that it has made of a row; the other one waits until it is quantized. Else null,
-  // and kernels wait for kernels.
+  // Of experts, where both products run at once: how far rows are. The gated one counts the tiles of weight rows that it has
+  // made of a row; the other one waits until it finds `whole`: the number of all, or kQuantized, which also tells the gated
+  // one that a quantizer runs beside both (Quantize::progress). Else null, and kernels wait for kernels.
   int32_t* progress;
+  int32_t whole;
   Powers powers;
   // How it is launched.
   int tokens;  // rows of x in a tile: 32, 64 or 128; 192 of experts, 256 of one weight; 8, or 16 of one weight, are few
@@ -151,9 +152,9 @@ int strips_at_once(int64_t strips, int64_t blocks, int64_t columns, int multipro
 // How many tiles of `tokens` rows of x a CTA takes at once, of `row_tiles` for each of `blocks` blocks.
 int tiles_at_once(int64_t row_tiles, int64_t blocks, int tokens, int multiprocessors);
 
-// Into how many tiles of weight rows the first product of experts falls if a quantizer runs beside it, or 0 where that has
-// too much to do: `blocks` of at most `tokens` rows, `outputs` and `columns` of that product.
-int row_tiles_beside(int64_t blocks, int tokens, int64_t outputs, int64_t columns, int multiprocessors);
+// Into how many tiles of weight rows the first product of experts falls if the second runs beside it, and a quantizer where
+// rows are `quantized`; or 0 where that is not worth it. `blocks` of at most `tokens` rows; it has `columns` and `outputs`, the second the reverse.
+int row_tiles_beside(int64_t blocks, int tokens, int64_t outputs, int64_t columns, bool quantized, int multiprocessors);
 
 cudaError_t multiply(const Gemm& g, cudaStream_t stream);
 

@@ -124,7 +124,7 @@ __device__ __forceinline__ void bring_tokens(const Gemm& g, const Maps<S>& maps,
     const int rows = copied<S>(tile.block);
     if constexpr (S::kAsks) {
       for (int row = tile.block.begin + lane; row < tile.block.end; row += kWarp) {
-        wait_for_number(g.progress + row, kQuantized, kQuantized);
+        wait_for_number(g.progress + row, g.whole, g.whole);
       }
       let_copies_see();
       __syncwarp();
@@ -146,7 +146,8 @@ __device__ __forceinline__ void bring_tokens(const Gemm& g, const Maps<S>& maps,
 template <class S>
 __device__ __forceinline__ void tell(const Gemm& g, const Ring<S>& ring, Share own, int lane) {
   wait_for_kernel_before();
-  let_kernel_after_start();  // that quantizes rows beside this one
+  // That takes rows beside this one. Not before: it reads, and lets the one after it read, what was sorted.
+  let_kernel_after_start();
   Turn<S> turn;
   const Tiles<S, Columns::whole> tiles(g);
   for (int index = own.first; index < tiles.count; index += own.apart, ++turn.tiles) {
@@ -389,7 +390,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm(const __grid_constant__ M
 
 // The same with fewer registers than there are for as many threads.
 template <class S>
-__global__ void __maxnreg__(S::kRegisters) gemm_beside(const __grid_constant__ Maps<S> maps, const Gemm g) {
+__global__ void __maxnreg__(S::kRegisters) gemm_beside_quantizer(const __grid_constant__ Maps<S> maps, const Gemm g) {
   run<S, Columns::whole>(maps, g);
 }
 
@@ -397,7 +398,7 @@ __global__ void __maxnreg__(S::kRegisters) gemm_beside(const __grid_constant__ M
 
 template <class S, Columns columns>
 constexpr auto kernel_of() {
-  if constexpr (S::kBeside) return gemm_beside<S>;
+  if constexpr (S::kLeaves) return gemm_beside_quantizer<S>;
   else return gemm<S, columns>;
 }
 
@@ -432,7 +433,10 @@ cudaError_t launch(const Gemm& g, cudaStream_t stream) {
 template <int kTokens>
 cudaError_t launch_experts(const Gemm& g, cudaStream_t stream) {
   if constexpr (kTokens <= 64) {
-    if (g.progress != nullptr) return launch<Shape<kTokens, 4, 1, true>, Columns::whole>(g, stream);
+    if (g.progress != nullptr) {
+      if (g.whole == kQuantized) return launch<Shape<kTokens, 4, 1, Beside::quantizer>, Columns::whole>(g, stream);
+      return launch<Shape<kTokens, 4, 1, Beside::product>, Columns::whole>(g, stream);
+    }
   }
   if (g.strips > 1) return launch<Shape<kTokens, 4, 1>, Columns::whole>(g, stream);
   return launch<Shape<kTokens, 2, 2>, Columns::whole>(g, stream);

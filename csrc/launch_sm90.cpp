@@ -38,12 +38,12 @@ int tiles_at_once(int64_t row_tiles, int64_t blocks, int tokens, int multiproces
   return tokens <= 128 && blocks * (row_tiles / 2) >= multiprocessors ? 2 : 1;
 }
 
-int row_tiles_beside(int64_t blocks, int tokens, int64_t outputs, int64_t columns, int multiprocessors) {
+int row_tiles_beside(int64_t blocks, int tokens, int64_t outputs, int64_t columns, bool quantized, int multiprocessors) {
   // A multiprocessor's four warps quantize a row's 512 columns in about 0.8 microseconds, in which a product goes on by two
   // steps of a tile: a block's rows have to be quantized while their tiles are multiplied.
-  const bool keeps_up = (tokens == 32 || tokens == 64) && columns >= 32 * tokens;
+  const bool keeps_up = !quantized || columns >= 32 * tokens;
   const int64_t first = ceil_div(outputs, kRowTile / 2), second = ceil_div(columns, kRowTile);
-  if (!keeps_up || tiles_at_once(first, blocks, tokens, multiprocessors) != 2 ||
+  if ((tokens != 32 && tokens != 64) || !keeps_up || tiles_at_once(first, blocks, tokens, multiprocessors) != 2 ||
       tiles_at_once(second, blocks, tokens, multiprocessors) != 2) {
     return 0;
   }

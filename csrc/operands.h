@@ -62,7 +62,7 @@ struct Quantize {
 
 // What the quantizer that runs beside such products has of a multiprocessor, and they leave it.
 constexpr int kBesideThreads = 128, kBesideRegisters = 72;  // a thread's
-constexpr int kBesideMemory = 2048;                         // bytes of shared memory, of which a CTA takes half by being there
+constexpr int kBesideMemory = 2048;  // bytes of shared memory: what any CTA takes by being there, and as much to spare
 constexpr int32_t kQuantized = -1;
 
 struct Dequantize {

@@ -3,8 +3,8 @@
 // Between two products nothing is read that only memory could hold, and hardly anything computed: a kernel of its own
 // would take as long as starting it, a trip to memory, one thread's work and ending it do. So a CTA sits on each
 // multiprocessor beside one of the product (shape_sm90.cuh: in the registers and the shared memory which that leaves),
-// and quantizes each row in place as soon as its last tile is written. The second product starts when the first has
-// ended, with rows that are done; only the last few are still to be waited for, and those it comes to last.
+// and quantizes each row in place as soon as its last tile is written. The second product starts on a multiprocessor when
+// the first has ended there, with rows that are done; only the last few are to be waited for, and those it comes to last.
 //
 // Nobody waits for what has not started: a kernel may start once all of the one before it runs.
 #pragma once

@@ -23,18 +23,25 @@ constexpr int kChunkBytes = kChunk * kChunkPitch;
 // Who multiplies a tile's columns: one CTA all of them, a cluster together, or one CTA a slice.
 enum class Columns { whole, shared, sliced };
 
-// `beside`: a quantizer runs beside it, which a CTA leaves registers and memory, and tells or asks how far rows are.
-template <int kTokensOfTile, int kGroupsOfTeam, int kTeamsOfCta, bool beside = false>
+// What runs beside a product of experts, so that it tells or asks how far rows are: nothing; the other product, where this
+// one has ended on a multiprocessor or not begun; and the quantizer of what lies between them, which every CTA leaves
+// registers and memory.
+enum class Beside { nothing, product, quantizer };
+
+template <int kTokensOfTile, int kGroupsOfTeam, int kTeamsOfCta, Beside kBesideIt = Beside::nothing>
 struct Shape {
-  static constexpr bool kBeside = beside, kTells = beside && kOutput == Output::gated, kAsks = beside && !kTells;
+  static constexpr bool kFollowed = kBesideIt != Beside::nothing, kLeaves = kBesideIt == Beside::quantizer;
+  static constexpr bool kTells = kFollowed && kOutput == Output::gated, kAsks = kFollowed && !kTells;
   static constexpr int kTokens = kTokensOfTile, kGroups = kGroupsOfTeam, kTeams = kTeamsOfCta;
   static constexpr int kRows = kGroups * kGroupRows;  // of a tile
   static constexpr int kTeam = kGroups * kGroup, kWarps = kTeam / kWarp;
   static constexpr int kConsumers = kTeams * kTeam, kThreads = kConsumers + kGroup;
   static constexpr int kStored = (kGroups + 1) / 2;  // tiles of the stored weight that the rows lie in
   // Registers move from producers to consumers, in eights: a CTA begins with as many for each thread.
-  static constexpr int kLeftRegisters = beside ? kBesideThreads * kBesideRegisters : 0;
+  static constexpr int kLeftRegisters = kLeaves ? kBesideThreads * kBesideRegisters : 0;
   static constexpr int kRegisters = (kAllRegisters - kLeftRegisters) / kThreads / 8 * 8;
+  // Each of the four schedulers has a quarter of the registers, and of a CTA's warps.
+  static_assert(!kLeaves || (kThreads % (4 * kWarp) == 0 && kBesideThreads == 4 * kWarp));
   static constexpr int kProducerRegisters = kConsumers == 2 * kGroup ? 40 : 32;
   static constexpr int kConsumerRegisters =
       (kThreads * kRegisters - kGroup * kProducerRegisters) / kConsumers / 8 * 8;
@@ -55,7 +62,7 @@ struct Shape {
   static constexpr int kDecodeAt = 16, kTokensAt = kDecodeAt + kRows * 4, kRowsAt = kTokensAt + kTokens * 4;
   static constexpr int kNoteBytes = kRowsAt + (kOutput == Output::fp32 ? kTokens * 4 : 0);
   static_assert(kTokensAt % 16 == 0 && kRowsAt % 16 == 0 && kNoteBytes % 16 == 0);
-  static constexpr int kRingBytes = (kSharedMemory - (beside ? kBesideMemory : 0)) / kTeams / 1024 * 1024;
+  static constexpr int kRingBytes = (kSharedMemory - (kLeaves ? kBesideMemory : 0)) / kTeams / 1024 * 1024;
   static constexpr int kStages =
       (kRingBytes - kStagingBytes - kNotes * (kNoteBytes + kNoteBarriers * 8)) / (kStageBytes + 16);
   static constexpr int kStagingAt = kStages * kStageBytes;
@@ -173,7 +180,7 @@ struct Turn {
     return ring.base + S::kNoteBarriersAt + tiles % S::kNotes * S::kNoteBarriers * 8;
   }
   __device__ __forceinline__ uint32_t empty(const Ring<S>& ring) const { return full(ring) + 8; }
-  // Where the warps that multiply say that a tile's results are written.
+  // Where the warps that multiply say that a tile's results are written: to who tells others, or that the note is free.
   __device__ __forceinline__ uint32_t written(const Ring<S>& ring) const { return full(ring) + (S::kTells ? 16 : 8); }
 };
 

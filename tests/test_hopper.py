@@ -230,15 +230,15 @@ def test_a_sorted_row_is_quantized_otherwise(rows: int, used: int, static: bool,
         assert_same_tensor(name, ours[:used], theirs[:used])
 
 
-@pytest.mark.parametrize("recipe", [Recipe(), Recipe(metric="mae"), Recipe(metric="abs_max"), PLAIN], ids=str)
+@pytest.mark.parametrize("recipe", [None, Recipe(), Recipe(metric="mae"), Recipe(metric="abs_max"), PLAIN], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("static", [False, True])
 # Whole tiles of 32 and of 64 rows, and parts of tiles and steps.
-@pytest.mark.parametrize(("hidden", "inner", "tokens"), [(2048, 768, 200), (2048, 768, 400), (1040, 208, 300)])
-def test_quantizing_beside_products_changes_a_bit(
-    hidden: int, inner: int, tokens: int, static: bool, dtype: torch.dtype, recipe: Recipe
+@pytest.mark.parametrize(("hidden", "inner", "tokens"), [(2048, 768, 300), (2048, 768, 700), (1040, 176, 300)])
+def test_products_at_once_change_a_bit(
+    hidden: int, inner: int, tokens: int, static: bool, dtype: torch.dtype, recipe: Recipe | None
 ) -> None:
-    experts, top_k, calls = 80, 4, 12
+    experts, top_k, calls = 120, 4, 12
     g = generator("cuda", "beside", hidden, inner, tokens)
     held = ops.prepare_experts(*random_experts(experts, hidden, inner, g), dtype)
     amax = torch.tensor(3.0, device="cuda") if static else None
@@ -246,7 +246,7 @@ def test_quantizing_beside_products_changes_a_bit(
     x = [random_x(tokens, hidden, dtype, g) for _ in range(calls)]
     x[1][3], x[1][5, 1], x[1][7] = 0, torch.nan, 30000
     # As they come, half of them elsewhere, most to one expert, none.
-    of_call = [ids, torch.where(ids < experts // 2, ids, -1), torch.where(ids < 70, ids, 3), torch.full_like(ids, -1)]
+    of_call = [ids, torch.where(ids < experts // 2, ids, -1), torch.where(ids < 100, ids, 3), torch.full_like(ids, -1)]
 
     def outputs() -> list[Tensor]:
         # One after the other, in each other's memory.
@@ -255,12 +255,27 @@ def test_quantizing_beside_products_changes_a_bit(
         ]
 
     rows = hopper._rows_of_a_tile(ids.numel(), experts, hidden, inner)
-    assert hopper._row_tiles_beside(ids, experts, rows, inner, hidden) > 0
+    scales = [w.decode_scale for w in held]
+    assert hopper._row_tiles_beside(ids, rows, *scales, recipe is not None) > 0
     found = outputs()
     with mock.patch.object(hopper, "_row_tiles_beside", return_value=0):
         expected = outputs()
     for i, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         assert_same_tensor(f"call {i}", ours, theirs)
+
+
+def test_products_run_at_once_beside_copies_or_fills() -> None:
+    ids = torch.zeros(300, 4, device="cuda", dtype=torch.int32)
+    aligned = [torch.ones(120, rows, device="cuda") for rows in (2 * 768, 2048)]
+    unaligned = torch.ones(120 * 2048 + 1, device="cuda")[1:].view(120, 2048)
+    assert hopper._row_tiles_beside(ids, 32, *aligned, True) == 6
+    assert hopper._row_tiles_beside(ids, 32, aligned[0], unaligned, True) == 0
+    assert hopper._row_tiles_beside(ids, 32, aligned[0], aligned[1].T.contiguous().T, True) == 0
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert hopper._row_tiles_beside(ids, 32, *aligned, True) == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -283,7 +298,7 @@ def test_the_pinned_silu_of_a_gate_is_another_number(tokens: int, dtype: torch.d
     inner = kernels.multiply_gated(
         x if few else kernels.gather(x, row_of_slot, slot_of_row, None),
         held.weight, held.block_scale, held.decode_scale, None, token_of_row if few else None,
-        blocks, in_use, None, 16, hopper._PINNED_SILU, tokens,
+        blocks, in_use, None, 0, 16, hopper._PINNED_SILU, tokens,
     )  # fmt: skip
     expected = reference.silu_and_mul(x[:, :2].cpu()).expand(-1, 16)
     of_token = torch.empty_like(inner).index_copy_(0, slot_of_row.long(), inner)

@@ -31,6 +31,9 @@ _LARGE_TILE_ROWS: Final = 192
 _FEW_ROWS: Final = 8
 """Tiles of as many rows are the kernel's for few rows, which finds them anywhere in x."""
 
+_QUANTIZED: Final = -1
+"""How far a row of intermediate results is once it is quantized, as csrc/operands.h says; before, tiles are counted."""
+
 _batch_invariant = ContextVar("_batch_invariant", default=False)
 
 
@@ -130,13 +133,14 @@ def moe(
     on_input = apply_router_weight_on_input
     tokens = _rows_of_a_tile(topk_ids.numel(), experts, hidden, half)
     on_rows = topk_weights if on_input else None
-    row_tiles = 0 if activations is None else _row_tiles_beside(topk_ids, experts, tokens, half, hidden)
+    row_tiles = _row_tiles_beside(topk_ids, tokens, w13_decode_scale, w2_decode_scale, activations is not None)
+    whole = row_tiles if activations is None else _QUANTIZED
     rows = _sort_by_expert(x, topk_ids, on_rows, experts, tokens, activations, input_amax, row_tiles > 0)
     pinned = activations is not None and activation == "silu"
     gating = _PINNED_SILU if pinned else _ACTIVATIONS.index(activation)
     inner = kernels.multiply_gated(
         rows.x, w13, w13_block_scale, w13_decode_scale, rows.token_scale, rows.token_of_row, rows.blocks, rows.in_use,
-        rows.progress, half, gating, tokens,
+        rows.progress, whole, half, gating, tokens,
     )  # fmt: skip
     inner_scale = None
     if rows.progress is not None and activations is not None:
@@ -145,7 +149,7 @@ def moe(
         inner, inner_scale = native.quantize_sorted(inner, activations, inner_amax, rows.in_use)
     products = kernels.multiply_experts(
         inner, w2, w2_block_scale, w2_decode_scale, inner_scale, rows.slot_of_row, rows.blocks, rows.in_use,
-        rows.progress, hidden, tokens,
+        rows.progress, whole, hidden, tokens,
     )  # fmt: skip
     out: Tensor = kernels.combine(products, None if on_input else topk_weights, topk_ids, experts, x.dtype)
     return out
@@ -160,7 +164,7 @@ class _Rows(NamedTuple):
     slot_of_row: Tensor  # [P]
     blocks: Tensor  # [.., 4], as csrc/gemm.h's Block
     in_use: Tensor  # [2]: blocks, rows
-    progress: Tensor | None  # [P]: how far a row's intermediate result is, where it is quantized beside the products
+    progress: Tensor | None  # [P]: how far a row's intermediate result is, where both products run at once
 
 
 def _sort_by_expert(
@@ -186,7 +190,7 @@ def _sort_by_expert(
         input_amax = input_amax.contiguous()
     if tokens <= _FEW_ROWS and topk_weights is None:
         values, scale = (x, None) if activations is None else native.quantize_values(x, activations, input_amax, False)
-        beside = activations is not None
+        beside = activations is not None and not _fills_between()
         _, slot_of_row, token_of_row, blocks, in_use, _ = kernels.route(topk_ids, experts, tokens, beside, False, False)
         return _Rows(values, scale, token_of_row, slot_of_row, blocks, in_use, None)
     row_of_slot, slot_of_row, _, blocks, in_use, progress = kernels.route(
@@ -201,9 +205,22 @@ def _sort_by_expert(
     return _Rows(values, scale, None, slot_of_row, blocks, in_use, progress if followed else None)
 
 
-def _row_tiles_beside(topk_ids: Tensor, experts: int, tokens: int, inner: int, hidden: int) -> int:
-    """Into how many tiles rows of intermediate results fall if they are quantized beside both products, or 0."""
-    return int(torch.ops.fouroversix_cuda.row_tiles_beside(topk_ids, experts, tokens, inner, hidden))
+def _fills_between() -> bool:
+    """Whether torch has kernels of its own between ours, to fill new memory: those that run at once would race them."""
+    return torch.are_deterministic_algorithms_enabled()
+
+
+def _row_tiles_beside(
+    topk_ids: Tensor, tokens: int, w13_decode_scale: Tensor, w2_decode_scale: Tensor, quantized: bool
+) -> int:
+    """Into how many tiles rows of intermediate results fall if both products run at once, and their quantizer, or 0."""
+    scales = w13_decode_scale, w2_decode_scale
+    # A copy of these would be freed while it is read.
+    if _fills_between() or not all(scale.is_contiguous() and scale.data_ptr() % 16 == 0 for scale in scales):
+        return 0
+    (experts, rows), hidden = w13_decode_scale.shape, w2_decode_scale.shape[1]
+    kernels = torch.ops.fouroversix_cuda
+    return int(kernels.row_tiles_beside(topk_ids, experts, tokens, rows // 2, hidden, quantized))
 
 
 def _rows_of_a_tile(slots: int, experts: int, *columns: int) -> int:
