@@ -138,6 +138,8 @@ def moe(
     rows = _sort_by_expert(x, topk_ids, on_rows, experts, tokens, activations, input_amax, row_tiles > 0)
     pinned = activations is not None and activation == "silu"
     gating = _PINNED_SILU if pinned else _ACTIVATIONS.index(activation)
+    # With `progress` the next three run at once: nothing that one of them reads or writes is freed before the last is
+    # launched, or whoever got that memory next would write to it.
     inner = kernels.multiply_gated(
         rows.x, w13, w13_block_scale, w13_decode_scale, rows.token_scale, rows.token_of_row, rows.blocks, rows.in_use,
         rows.progress, whole, half, gating, tokens,
