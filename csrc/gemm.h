@@ -153,7 +153,8 @@ int strips_at_once(int64_t strips, int64_t blocks, int64_t columns, int multipro
 int tiles_at_once(int64_t row_tiles, int64_t blocks, int tokens, int multiprocessors);
 
 // Into how many tiles of weight rows the first product of experts falls if the second runs beside it, and a quantizer where
-// rows are `quantized`; or 0 where that is not worth it. `blocks` of at most `tokens` rows; it has `columns` and `outputs`, the second the reverse.
+// rows are `quantized`; or 0 where that is not worth it. For `blocks` of at most `tokens` rows; the first product has
+// `columns` and `outputs`, the second as many outputs and columns.
 int row_tiles_beside(int64_t blocks, int tokens, int64_t outputs, int64_t columns, bool quantized, int multiprocessors);
 
 cudaError_t multiply(const Gemm& g, cudaStream_t stream);

@@ -10,10 +10,12 @@
 // limits it, not how much they bring. A warpgroup multiplies with one set of registers while it unpacks into the other. A
 // CTA has two teams of two, so that one multiplies while the other unpacks or writes results, or one team.
 //
-// CTAs stay and take tile after tile. Large teams read x less often: what the second-level cache can give limits experts.
-// (One weight's many tokens are better off in tiles of 256.) Where tiles are few, their columns are shared (`split`): by a
-// cluster, which adds its sums in the order of its ranks; or, where there are many columns, in slices, whose sums go
-// through memory to slices_sm90.cu, which adds them in their order.
+// CTAs stay and take tile after tile. Large teams read x less often: what the second-level cache can give limits
+// experts. (One weight's many tokens are better off in tiles of 256.) Both products of experts may run at once
+// (`progress`): on a multiprocessor the second begins when the first has ended there, with rows that are done. Where
+// tiles are few, their columns are shared (`split`): by a cluster, which adds its sums in the order of its ranks; or,
+// where there are many columns, in slices, whose sums go through memory to slices_sm90.cu, which adds them in their
+// order.
 //
 // Compiled with FOS_DTYPE = bf16 or fp16 and FOS_OUTPUT = linear, gated or fp32, and -fmad=false: what is added is
 // rounded after it was multiplied.
@@ -146,7 +148,7 @@ __device__ __forceinline__ void bring_tokens(const Gemm& g, const Maps<S>& maps,
 template <class S>
 __device__ __forceinline__ void tell(const Gemm& g, const Ring<S>& ring, Share own, int lane) {
   wait_for_kernel_before();
-  // That takes rows beside this one. Not before: it reads, and lets the one after it read, what was sorted.
+  // Not before: it, and the one that it lets start, read what was sorted without waiting for that.
   let_kernel_after_start();
   Turn<S> turn;
   const Tiles<S, Columns::whole> tiles(g);

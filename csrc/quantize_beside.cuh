@@ -22,7 +22,8 @@ __global__ void __maxnreg__(kBesideRegisters) quantize_beside(const __grid_const
   const int thread = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x), lane = thread % kWarp;
   const int blocks = static_cast<int>(q.columns / kBlock);
   const Group group = {kWarp, lane, 0};
-  for (int row = thread / kWarp; row < static_cast<int>(q.rows); row += static_cast<int>(gridDim.x) * (kBesideThreads / kWarp)) {
+  for (int row = thread / kWarp; row < static_cast<int>(q.rows);
+       row += static_cast<int>(gridDim.x) * (kBesideThreads / kWarp)) {
     const int32_t found = lane == 0 ? sm90::wait_for_number(q.progress + row, q.row_tiles, kQuantized) : 0;
     if (sm90::uniform(found) == kQuantized) break;  // nobody's, as all that follow
     __syncwarp();

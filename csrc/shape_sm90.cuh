@@ -31,6 +31,7 @@ enum class Beside { nothing, product, quantizer };
 template <int kTokensOfTile, int kGroupsOfTeam, int kTeamsOfCta, Beside kBesideIt = Beside::nothing>
 struct Shape {
   static constexpr bool kFollowed = kBesideIt != Beside::nothing, kLeaves = kBesideIt == Beside::quantizer;
+  static_assert(!kFollowed || kTeamsOfCta == 1, "two teams leave no warp that tells");
   static constexpr bool kTells = kFollowed && kOutput == Output::gated, kAsks = kFollowed && !kTells;
   static constexpr int kTokens = kTokensOfTile, kGroups = kGroupsOfTeam, kTeams = kTeamsOfCta;
   static constexpr int kRows = kGroups * kGroupRows;  // of a tile
