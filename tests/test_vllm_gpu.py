@@ -108,7 +108,8 @@ SHARE = {"gpu_memory_utilization": 0.02, "kv_cache_memory_bytes": 1 << 30}
 SIZES = {"cudagraph_capture_sizes": [STREAMS, STREAMS * LENGTH]}
 GRAPHS = {
     "compiled": SIZES,
-    # Not traced: graphs of the whole model, attention included.
+    # Not traced: graphs of the whole model, attention included, of steps that only decode or of all.
+    "decoding": SIZES | {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
     "whole": SIZES | {"mode": 0, "cudagraph_mode": "FULL"},
     # Traced, not fused: graphs between attention, of the kernels that an eager run calls.
     "pieces": SIZES | {"mode": 3, "backend": "eager", "cudagraph_mode": "PIECEWISE"},
@@ -155,6 +156,7 @@ WAYS: dict[str, Callable[[Make], dict[str, Job]]] = {
         "compressed-tensors": job(make("w4a16 as compressed-tensors"), OURS | options("nvfp4_4over6")),
         "static": job(make("calibrated"), OURS | options("nvfp4_static"), capture=CAPTURED),
     },
+    "decoding": lambda make: with_graphs(make, "decoding"),
     "whole": lambda make: with_graphs(make, "whole"),
     # Graphs read the weights from where they were.
     "stored, again": lambda make: {"": job(make("w4a16"), graphs("whole") | SLEEPY, **AGAIN)},
@@ -327,13 +329,18 @@ def test_graphs_move_answers_more_than_those_of_bf16(
     runs: Runs, emulated: Emulated, kind: str, scheme: str, way: str
 ) -> None:
     """Where BF16's answers stay the same to the bit, ours have to; compilers round other layers otherwise."""
-    stock, _ = moved(runs(f"{kind}: {way}")["BF16"], eager(runs, kind, "BF16"))
+    stock, stock_agreeing = moved(runs(f"{kind}: {way}")["BF16"], eager(runs, kind, "BF16"))
     ours, agreeing = moved(runs(f"{kind}: {way}")[scheme], eager(runs, kind, scheme))
     limit = 1.5 * stock
     if scheme == "W4A4" and stock > 0:
         limit = 1.3 * rounding(emulated, kind)
-    print(f"{kind} {scheme}, {way}: moved by {ours:.4f} (limit {limit:.4f}), BF16 by {stock:.4f}; {agreeing} tokens")
+    print(
+        f"{kind} {scheme}, {way}: moved by {ours:.4f} (limit {limit:.4f}), BF16 by {stock:.4f}; "
+        f"{agreeing} tokens agree, BF16's {stock_agreeing}"
+    )
     assert ours <= limit
+    # Only tokens that agree are compared above.
+    assert stock > 0 or agreeing >= 0.8 * stock_agreeing
 
 
 @pytest.mark.engine("{kind}: compiled")
