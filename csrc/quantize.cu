@@ -2,8 +2,6 @@
 // few rows, and sm_90 and up, a cluster of CTAs.
 //
 // Compiled with FOS_DTYPE = bf16, fp16 or fp32, the type of the input, and -fmad=false.
-#include <type_traits>
-
 #include "quantize_beside.cuh"
 #include "quantize_few_rows.cuh"
 #include "quantize_group.cuh"

@@ -117,7 +117,7 @@ GRAPHS = {
 # By NCCL alone: vLLM's own sums over ranks need more of a machine.
 TWO = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "disable_custom_all_reduce": True}
 STAGES = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
-# Replicas of what is not an expert: experts are split over both, each by its rows or each rank its half of them.
+# Of all but experts, which are split over both: each by its rows, or a half of them for each.
 REPLICAS = {"two replicas": [], "two replicas with half of the experts": ["--enable-expert-parallel"]}
 # vLLM asserts that sleeping freed memory of the GPU: more than others may take meanwhile.
 SLEEPY = {"enable_sleep_mode": True, "kv_cache_memory_bytes": 8 << 30}
