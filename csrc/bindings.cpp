@@ -196,29 +196,44 @@ std::tuple<Tensor, Tensor, Tensor> quantize(Tensor x, OptionalTensor amax, Optio
   return {packed, block_scale, decode_scale};
 }
 
+// In the dtype of x.
+std::tuple<Tensor, Tensor> make_values(Quantize& q, const Tensor& x) {
+  Tensor values = torch::stable::new_empty(x, {q.rows, q.columns}, x.scalar_type());
+  Tensor decode_scale = make_decode_scale(q, x);
+  q.values = values.data_ptr();
+  run(q, x);
+  return {values, decode_scale};
+}
+
 std::tuple<Tensor, Tensor> quantize_values(Tensor x, OptionalTensor amax, OptionalTensor expert_offsets, bool gated,
                                            int64_t scope, int64_t metric, int64_t domain, bool adaptive,
                                            double encoded_amax) {
   Inputs in = {x, amax, expert_offsets};
   Quantize q = describe(in, gated, scope, metric, domain, adaptive, encoded_amax, int64_t(Layout::row_major));
-  Tensor values = torch::stable::new_empty(in.x, {q.rows, q.columns}, in.x.scalar_type());
-  Tensor decode_scale = make_decode_scale(q, in.x);
-  q.values = values.data_ptr();
-  run(q, in.x);
-  return {values, decode_scale};
+  return make_values(q, in.x);
 }
 
 #if defined(FOS_CUDA)
+
+// Rows as they are, per token.
+Quantize describe_rows(Inputs& in, int64_t metric, int64_t domain, bool adaptive, double encoded_amax) {
+  return describe(in, false, int64_t(Scope::token), metric, domain, adaptive, encoded_amax, int64_t(Layout::row_major));
+}
+
+// The same, beside kernels that must follow at once: those of products, on memory that no copy stands for.
+Quantize describe_uncopied(Inputs& in, int64_t metric, int64_t domain, bool adaptive, double encoded_amax) {
+  STD_TORCH_CHECK(is_readable(in.x), "x: needed contiguous and aligned to 16 bytes, or a copy comes between");
+  const Quantize q = describe_rows(in, metric, domain, adaptive, encoded_amax);
+  STD_TORCH_CHECK(q.dtype != Dtype::fp32, "x: got float32, needed bfloat16 or float16");
+  return q;
+}
 
 // As quantize_values, per token, and row m in the rows of all slots of token m: values [P, K], those of slots that count,
 // decode scales [P], and whose they are. x was there before the kernel that wrote row_of_slot let this one start.
 std::tuple<Tensor, Tensor> gather_quantized(Tensor x, OptionalTensor amax, Tensor row_of_slot, Tensor slot_of_row,
                                             int64_t metric, int64_t domain, bool adaptive, double encoded_amax) {
-  STD_TORCH_CHECK(is_readable(x), "x: needed contiguous and aligned to 16 bytes, or a copy comes between");
   Inputs in = {x, amax, std::nullopt};
-  Quantize q = describe(in, false, int64_t(Scope::token), metric, domain, adaptive, encoded_amax,
-                        int64_t(Layout::row_major));
-  STD_TORCH_CHECK(q.dtype != Dtype::fp32, "x: got float32, needed bfloat16 or float16");
+  Quantize q = describe_uncopied(in, metric, domain, adaptive, encoded_amax);
   check(row_of_slot, "row_of_slot", ScalarType::Int, x);
   check(slot_of_row, "slot_of_row", ScalarType::Int, x);
   STD_TORCH_CHECK(row_of_slot.dim() == 2 && row_of_slot.size(0) == q.rows && row_of_slot.is_contiguous(),
@@ -241,28 +256,20 @@ std::tuple<Tensor, Tensor> gather_quantized(Tensor x, OptionalTensor amax, Tenso
 std::tuple<Tensor, Tensor> quantize_sorted(Tensor x, OptionalTensor amax, Tensor in_use, int64_t metric, int64_t domain,
                                            bool adaptive, double encoded_amax) {
   Inputs in = {x, amax, std::nullopt};
-  Quantize q = describe(in, false, int64_t(Scope::token), metric, domain, adaptive, encoded_amax,
-                        int64_t(Layout::row_major));
+  Quantize q = describe_rows(in, metric, domain, adaptive, encoded_amax);
   check(in_use, "in_use", ScalarType::Int, x);
   STD_TORCH_CHECK(in_use.numel() == 2 && in_use.is_contiguous(), "in_use: needed [2]");
   q.rows_in_use = static_cast<const int32_t*>(in_use.data_ptr()) + 1;
-  Tensor values = torch::stable::new_empty(in.x, {q.rows, q.columns}, in.x.scalar_type());
-  Tensor decode_scale = make_decode_scale(q, in.x);
-  q.values = values.data_ptr();
-  run(q, in.x);
-  return {values, decode_scale};
+  return make_values(q, in.x);
 }
 
 // As quantize_values, per token, in the place of x [P, K]: rows sorted by expert that multiply_gated has begun to make,
 // with the same progress [P], in `row_tiles` tiles.
 Tensor quantize_beside(Tensor x, OptionalTensor amax, Tensor progress, int64_t row_tiles, int64_t metric, int64_t domain,
                        bool adaptive, double encoded_amax) {
-  STD_TORCH_CHECK(is_readable(x) && (!amax.has_value() || amax->is_contiguous()),
-                  "x, amax: needed contiguous and x aligned to 16 bytes, or a copy comes between");
+  STD_TORCH_CHECK(!amax.has_value() || amax->is_contiguous(), "amax: needed contiguous, or a copy comes between");
   Inputs in = {x, amax, std::nullopt};
-  Quantize q = describe(in, false, int64_t(Scope::token), metric, domain, adaptive, encoded_amax,
-                        int64_t(Layout::row_major));
-  STD_TORCH_CHECK(q.dtype != Dtype::fp32, "x: got float32, needed bfloat16 or float16");
+  Quantize q = describe_uncopied(in, metric, domain, adaptive, encoded_amax);
   check(progress, "progress", ScalarType::Int, x);
   STD_TORCH_CHECK(progress.numel() == q.rows && progress.is_contiguous(), "progress: got ", progress.numel(),
                   " numbers, needed one for each of ", q.rows, " rows");

@@ -305,7 +305,7 @@ Tensor run_experts(Tensor x, Tensor codes, Tensor block_scale, Tensor decode_sca
     check(*progress, "progress", ScalarType::Int, x);
     STD_TORCH_CHECK(progress->numel() == rows && progress->is_contiguous(), "progress: got ", progress->numel(),
                     " numbers, needed one for each of ", rows, " rows");
-    STD_TORCH_CHECK((g.tokens == 32 || g.tokens == 64) && g.strips == 2, "progress: needed None for blocks of ", g.tokens,
+    STD_TORCH_CHECK(cuda::run_at_once(g.tokens) && g.strips == 2, "progress: needed None for blocks of ", g.tokens,
                     " rows, ", g.strips, " tiles at once");
     // With another number the second product would wait for ever.
     STD_TORCH_CHECK(whole == kQuantized || (gated ? whole == ceil_div(g.row_tiles, 2) : whole > 0), "whole: got ", whole,

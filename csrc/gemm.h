@@ -152,6 +152,9 @@ int strips_at_once(int64_t strips, int64_t blocks, int64_t columns, int multipro
 // How many tiles of `tokens` rows of x a CTA takes at once, of `row_tiles` for each of `blocks` blocks.
 int tiles_at_once(int64_t row_tiles, int64_t blocks, int tokens, int multiprocessors);
 
+// Whether both products of experts can run at once on tiles of as many rows of x.
+constexpr bool run_at_once(int tokens) { return tokens == 32 || tokens == 64; }
+
 // Into how many tiles of weight rows the first product of experts falls if the second runs beside it, and a quantizer where
 // rows are `quantized`; or 0 where that is not worth it. For `blocks` of at most `tokens` rows; the first product has
 // `columns` and `outputs`, the second as many outputs and columns.

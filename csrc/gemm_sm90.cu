@@ -434,7 +434,7 @@ cudaError_t launch(const Gemm& g, cudaStream_t stream) {
 
 template <int kTokens>
 cudaError_t launch_experts(const Gemm& g, cudaStream_t stream) {
-  if constexpr (kTokens <= 64) {
+  if constexpr (run_at_once(kTokens)) {
     if (g.progress != nullptr) {
       if (g.whole == kQuantized) return launch<Shape<kTokens, 4, 1, Beside::quantizer>, Columns::whole>(g, stream);
       return launch<Shape<kTokens, 4, 1, Beside::product>, Columns::whole>(g, stream);

@@ -43,7 +43,7 @@ int row_tiles_beside(int64_t blocks, int tokens, int64_t outputs, int64_t column
   // steps of a tile: a block's rows have to be quantized while their tiles are multiplied.
   const bool keeps_up = !quantized || columns >= 32 * tokens;
   const int64_t first = ceil_div(outputs, kRowTile / 2), second = ceil_div(columns, kRowTile);
-  if ((tokens != 32 && tokens != 64) || !keeps_up || tiles_at_once(first, blocks, tokens, multiprocessors) != 2 ||
+  if (!run_at_once(tokens) || !keeps_up || tiles_at_once(first, blocks, tokens, multiprocessors) != 2 ||
       tiles_at_once(second, blocks, tokens, multiprocessors) != 2) {
     return 0;
   }

@@ -347,6 +347,16 @@ def moved(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, int]:
     return float(torch.cat(apart).mean()), agreeing
 
 
+def moved_beside_bf16(
+    what: str, ours: tuple[dict[str, Any], dict[str, Any]], stock: tuple[dict[str, Any], dict[str, Any]]
+) -> tuple[float, float]:
+    """Distances of two runs of ours, and of two of BF16."""
+    by, agreeing = moved(*ours)
+    of_bf16, _ = moved(*stock)
+    print(f"{what}: moved by {by:.4f}, BF16 by {of_bf16:.4f}; {agreeing} tokens")
+    return by, of_bf16
+
+
 def assert_w4a16(
     emulated: Emulated, kind: str, served: torch.Tensor, dequantized: torch.Tensor, full: torch.Tensor
 ) -> None:

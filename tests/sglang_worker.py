@@ -2,12 +2,11 @@
 
 REQUEST is JSON: {name: {"model": folder, "flags": of launch_server, "layers": names}}, and "draft", the folder of a
 draft model to load for that model in its place. What loads is what a server loads, by SGLang's own arguments,
-configuration and loader. OUT gets {name: {"log": our log lines, "most_held":
-full-precision weights held at once, "cache": [scale of k, of v] of each layer whose cache has any} or {"error": text}};
-NAME.safetensors beside it gets what each of the layers was
-given and gave: LAYER/x, LAYER/y, and of experts LAYER/topk_weights and LAYER/topk_ids, LAYER/each with every expert's
-own answer, LAYER/scaled, what a GPU's runner makes of routed_scaling_factor = 2.5, and LAYER/on_input, that of one
-expert a token whose router weight goes onto the input.
+configuration and loader. OUT gets {name: {"log": our log lines, "most_held": full-precision weights held at once,
+"cache": [scale of k, of v] of each layer whose cache has any} or {"error": text}}; NAME.safetensors beside it gets
+what each of the layers was given and gave: LAYER/x, LAYER/y, and of experts LAYER/topk_weights and LAYER/topk_ids,
+LAYER/each with every expert's own answer, LAYER/scaled, what a GPU's runner makes of routed_scaling_factor = 2.5, and
+LAYER/on_input, that of one expert a token whose router weight goes onto the input.
 """
 
 import dataclasses

@@ -39,6 +39,7 @@ from engines import (
     emulations,
     flat,
     moved,
+    moved_beside_bf16,
     options,
     prompts_of,
     quantized_by_cli,
@@ -223,7 +224,8 @@ def test_the_command_of_the_readme_does_not_serve(runs: Runs, kind: str) -> None
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 @pytest.mark.engine("small: two with half of the experts", "small: two BF16", "small: W4A16", "small: BF16")
 def test_two_ranks_with_half_of_the_experts_move_answers_more_than_those_of_bf16(runs: Runs) -> None:
-    stock, _ = moved(runs("small: two BF16"), runs("small: BF16"))
-    ours, agreeing = moved(runs("small: two with half of the experts"), runs("small: W4A16"))
-    print(f"two ranks with half of the experts: moved by {ours:.4f}, BF16 by {stock:.4f}; {agreeing} tokens")
+    both = runs("small: two with half of the experts"), runs("small: W4A16")
+    ours, stock = moved_beside_bf16(
+        "two ranks with half of the experts", both, (runs("small: two BF16"), runs("small: BF16"))
+    )
     assert ours < 2 * stock

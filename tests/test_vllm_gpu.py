@@ -42,6 +42,7 @@ from engines import (
     emulations,
     flat,
     moved,
+    moved_beside_bf16,
     options,
     prompts_of,
     quantized_by_cli,
@@ -438,6 +439,12 @@ needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 SMALL_KINDS = ["small dense", "small moe"]
 
 
+def moved_by_two(runs: Runs, kind: str, split: str, way: str) -> tuple[float, float]:
+    """How far W4A16 lies from one GPU's, and BF16."""
+    one, ours, stock = runs(f"{kind}: one"), runs(f"{kind}: {split} {way}")[""], runs(f"{kind}: {split} BF16")[""]
+    return moved_beside_bf16(f"{kind}, {split} {way}", (ours, one["W4A16"]), (stock, one["BF16"]))
+
+
 @needs_two
 @pytest.mark.engine("{kind}: two {way}", "{kind}: two BF16", "{kind}: one")
 @pytest.mark.parametrize(
@@ -446,10 +453,7 @@ SMALL_KINDS = ["small dense", "small moe"]
     + [("small moe", "with half of the experts")],
 )
 def test_two_ranks_move_answers_more_than_those_of_bf16(runs: Runs, kind: str, way: str) -> None:
-    one = runs(f"{kind}: one")
-    stock, _ = moved(runs(f"{kind}: two BF16")[""], one["BF16"])
-    ours, agreeing = moved(runs(f"{kind}: two {way}")[""], one["W4A16"])
-    print(f"{kind}, two ranks, {way}: moved by {ours:.4f}, BF16 by {stock:.4f}; {agreeing} tokens")
+    ours, stock = moved_by_two(runs, kind, "two", way)
     assert ours < 2 * stock
 
 
@@ -468,10 +472,7 @@ def test_two_ranks_quantize_for_their_own_amax(runs: Runs, kind: str, scheme: st
 @pytest.mark.parametrize("way", ["online W4A16", "stored W4A16"])
 @pytest.mark.parametrize("kind", SMALL_KINDS)
 def test_two_stages_move_answers_more_than_those_of_bf16(runs: Runs, kind: str, way: str) -> None:
-    one = runs(f"{kind}: one")
-    stock, _ = moved(runs(f"{kind}: two in line BF16")[""], one["BF16"])
-    ours, agreeing = moved(runs(f"{kind}: two in line {way}")[""], one["W4A16"])
-    print(f"{kind}, two stages, {way}: moved by {ours:.4f}, BF16 by {stock:.4f}; {agreeing} tokens")
+    ours, stock = moved_by_two(runs, kind, "two in line", way)
     assert ours <= 2 * stock
 
 

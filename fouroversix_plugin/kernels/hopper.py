@@ -186,7 +186,7 @@ def _sort_by_expert(
     has ended. So nothing that the first reads may be freed, and written to by the second, until both are launched.
     """
     kernels = torch.ops.fouroversix_cuda
-    if not (x.is_contiguous() and x.data_ptr() % 16 == 0):
+    if not _is_readable(x):
         x = x.clone(memory_format=torch.contiguous_format)
     if input_amax is not None:
         input_amax = input_amax.contiguous()
@@ -207,6 +207,11 @@ def _sort_by_expert(
     return _Rows(values, scale, None, slot_of_row, blocks, in_use, progress if followed else None)
 
 
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether kernels read it as it is, without a copy."""
+    return tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
+
+
 def _fills_between() -> bool:
     """Whether torch has kernels of its own between ours, to fill new memory: those that run at once would race them."""
     return torch.are_deterministic_algorithms_enabled()
@@ -218,7 +223,7 @@ def _row_tiles_beside(
     """Into how many tiles rows of intermediate results fall if both products run at once, and their quantizer, or 0."""
     scales = w13_decode_scale, w2_decode_scale
     # A copy of these would be freed while it is read.
-    if _fills_between() or not all(scale.is_contiguous() and scale.data_ptr() % 16 == 0 for scale in scales):
+    if tokens <= _FEW_ROWS or _fills_between() or not all(map(_is_readable, scales)):
         return 0
     (experts, rows), hidden = w13_decode_scale.shape, w2_decode_scale.shape[1]
     kernels = torch.ops.fouroversix_cuda
