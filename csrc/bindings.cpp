@@ -196,7 +196,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize(Tensor x, OptionalTensor amax, Optio
   return {packed, block_scale, decode_scale};
 }
 
-// In the dtype of x.
+// Values, in the dtype of x, and decode scales.
 std::tuple<Tensor, Tensor> make_values(Quantize& q, const Tensor& x) {
   Tensor values = torch::stable::new_empty(x, {q.rows, q.columns}, x.scalar_type());
   Tensor decode_scale = make_decode_scale(q, x);
@@ -220,7 +220,7 @@ Quantize describe_rows(Inputs& in, int64_t metric, int64_t domain, bool adaptive
   return describe(in, false, int64_t(Scope::token), metric, domain, adaptive, encoded_amax, int64_t(Layout::row_major));
 }
 
-// The same, beside kernels that must follow at once: those of products, on memory that no copy stands for.
+// The same, for kernels that run beside others of a product: x is of its dtypes, and read where it is.
 Quantize describe_uncopied(Inputs& in, int64_t metric, int64_t domain, bool adaptive, double encoded_amax) {
   STD_TORCH_CHECK(is_readable(in.x), "x: needed contiguous and aligned to 16 bytes, or a copy comes between");
   const Quantize q = describe_rows(in, metric, domain, adaptive, encoded_amax);
