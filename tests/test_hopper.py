@@ -47,9 +47,13 @@ def launches_of(rows: int, columns: int) -> Iterator[tuple[int, int, int]]:
     for tokens, split, strips in LAUNCHES:
         if (rows > tokens and tokens <= 16) or split > -(-columns // 64):
             continue
-        if tokens <= 16 and columns % 128 and columns > 16 // strips * 128:
-            continue  # x has to come at once
-        yield tokens, split, strips
+        if tokens > 16 or few_rows_take(columns, strips):
+            yield tokens, split, strips
+
+
+def few_rows_take(columns: int, strips: int = 1) -> bool:
+    """Whether the kernel for few rows can multiply: x comes in whole pairs of steps, or all of it at once."""
+    return columns % 128 == 0 or columns <= 16 // strips * 128
 
 
 @pytest.fixture(autouse=True)
