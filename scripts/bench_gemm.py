@@ -53,7 +53,7 @@ from ending import Signals
 from torch import Tensor
 
 import fouroversix_plugin as fos
-from fouroversix_plugin.kernels import cuda, ops
+from fouroversix_plugin.kernels import cuda, ops, set_batch_invariant
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
 
 DENSE_TOKENS = tuple(2**i for i in range(14))
@@ -320,6 +320,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=lambda text: sorted(map(positive, names(text))), help="separated by commas")
     parser.add_argument("--peers", type=names, help=f"separated by commas, of {', '.join(known)}")
     parser.add_argument("--triton", action="store_true", help="our Triton backend, too")
+    parser.add_argument("--batch-invariant", action="store_true", help="ours by one order of sums for every batch")
     parser.add_argument(
         "--quick", action="store_true", help="two dense shapes and one of experts, few numbers of tokens"
     )
@@ -348,6 +349,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    set_batch_invariant(options.batch_invariant)
     if options.worker:
         work(options)
         return
@@ -364,6 +366,7 @@ def main() -> None:
             stopped = f"signal {signals.first} ended it"
         records = read_records(path)
     where = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, ours by {chosen}"
+    where += ", batch-invariant" if options.batch_invariant else ""
     machine = f"{where}, {time.monotonic() - started:.0f} s"
     report(options, records, machine)
     if stopped:

@@ -80,6 +80,7 @@ VLLM = Engine(
     versions=("0.26.0", "0.28.0", "0.32.0", "0.33.0"),
     plugin="fouroversix_plugin/serving/vllm",
     imports={
+        "vllm": ("envs",),
         "vllm.version": ("__version_tuple__",),
         "vllm.config": ("get_current_vllm_config()",),
         "vllm.distributed": ("get_tp_group()", "get_ep_group()"),
@@ -174,6 +175,7 @@ VLLM = Engine(
         ),
     },
     strings={
+        "vllm.envs": ("VLLM_BATCH_INVARIANT",),
         "vllm.plugins": ("vllm.general_plugins",),
         "vllm.model_executor.model_loader.reload.layerwise": (
             "_already_called_process_weights_after_loading",

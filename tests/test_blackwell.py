@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fouroversix_plugin as fos
-from fouroversix_plugin import reference
+from fouroversix_plugin import kernels, reference
 from fouroversix_plugin.kernels import blackwell, cuda, hopper, ops, triton
 from fouroversix_plugin.nvfp4 import NVFP4Tensor, scales_from_layout
 from fouroversix_plugin.recipe import Recipe, Scheme, preset
@@ -194,6 +194,8 @@ def test_operands_that_do_not_fit_are_multiplied() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             blackwell.linear(*good[:place], other, *good[place + 1 :])
+    with kernels.batch_invariant(True), pytest.raises(ValueError, match="call set_batch_invariant before"):
+        blackwell.linear(*good)
     with pytest.raises(ValueError, match=r"activations: got None \(W4A16\), needed a recipe"):
         ops.linear(torch.randn(3, 64), w, None, None)
     with pytest.raises(ValueError, match="x: got 32 columns, needed the weight's 64"):
@@ -364,6 +366,18 @@ def test_without_triton_nothing_is_said_of_torch(
     blackwells((10, 0), no_triton="Triton does not work")
     assert cuda.choose(packed(48, 64), BF16, "W4A16") == "torch"
     assert log.records[-1].message.endswith("triton: Triton does not work)")
+
+
+def test_products_that_depend_on_the_batch_are_chosen(
+    blackwells: Callable[..., None], log: pytest.LogCaptureFixture
+) -> None:
+    with kernels.batch_invariant(True):
+        blackwells((10, 0))
+        assert cuda.choose(packed(48, 64), BF16, "W4A4") == "triton"
+        assert log.records[-1].message.endswith("and results have to be batch-invariant)")
+        blackwells((10, 0), no_triton="Triton does not work")
+        with pytest.raises(ValueError, match=r"linear: got those of torch, .* triton: Triton does not work\); install"):
+            cuda.choose(packed(48, 64), BF16, "W4A4")
 
 
 def test_hopper_is_passed_over(

@@ -36,7 +36,7 @@ from products import (
 )
 from torch import Tensor
 
-from fouroversix_plugin import reference
+from fouroversix_plugin import kernels, reference
 from fouroversix_plugin.kernels import ops
 from fouroversix_plugin.recipe import Recipe
 
@@ -329,6 +329,25 @@ def test_calls_on_two_streams_meet(products: Products, tokens: int, activations:
     for results, needed in zip(found, expected, strict=True):
         for call, y in enumerate(results):
             assert_same_tensor(f"call {call}", y, needed)
+
+
+@by_scheme
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+# Up to 500 rows an expert, or up to 125: tiles of every size.
+@pytest.mark.parametrize("shape", [(4, 2, 576, 192), (64, 8, 2048, 768)], ids=str)
+@on_cuda
+def test_a_token_depends_on_its_neighbours(
+    products: Products, shape: tuple[int, int, int, int], dtype: torch.dtype, activations: Recipe | None
+) -> None:
+    E, top_k, H, inner = shape
+    g = generator(products.device, "invariant", shape, dtype)
+    experts = products.experts(*random_experts(E, H, inner, g), dtype)
+    given = random_x(1000, H, dtype, g), *routing(1000, E, top_k, g)
+    with kernels.batch_invariant(True):
+        alone = experts(*(tensor[-1:] for tensor in given), activations)
+        for tokens in (7, 64, 1000):
+            y = experts(*(tensor[-tokens:] for tensor in given), activations)
+            assert_same_tensor(f"last of {tokens}", y[-1:], alone)
 
 
 @by_scheme

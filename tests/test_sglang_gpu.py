@@ -70,6 +70,9 @@ EAGER = ["--disable-cuda-graph"]
 GRAPHS = ["--cuda-graph-max-bs-decode", "2", "--cuda-graph-max-bs-prefill", str(LENGTH)]
 # By NCCL alone: SGLang's own sums over ranks compile when they first run.
 TWO = ["--disable-custom-all-reduce", *EAGER]
+# A prompt that was asked before would not be a prompt any more.
+UNCACHED = ["--disable-radix-cache"]
+INVARIANT = ["--enable-deterministic-inference", *UNCACHED]
 W4A16 = ["--json-model-override-args", json.dumps(options("w4a16")["hf_overrides"])]
 README = ["--quantization", "nvfp4_4over6", "--moe-runner-backend", "fouroversix"]
 COMMAND = "as the README says"
@@ -89,6 +92,9 @@ WAYS: dict[str, tuple[str, list[str]]] = {
     "BF16 graphs": ("bf16", GRAPHS),
     "W4A16": ("w4a16", EAGER),
     "W4A4": ("w4a4", EAGER),
+    # Prompts are asked together, too: by one order of sums of whatever else there is in a step, or by the fastest.
+    **{f"{scheme} invariant": (scheme.lower(), [*GRAPHS, *INVARIANT]) for scheme in ["BF16", *SCHEMES]},
+    "W4A16 fast": ("w4a16", [*GRAPHS, *UNCACHED]),
     "two BF16": ("bf16", ["--tp-size", "2", *TWO]),
     "two with half of the experts": ("w4a16", [*config("experts"), *W4A16, *TWO]),
     COMMAND: ("bf16", README),
@@ -148,7 +154,8 @@ def runs(
         if way == COMMAND:
             return lambda: chat_once(command(), "default", log, left)
         asked = prompts_of(checkpoint, kind)
-        return lambda: ask_server(command(*BARE), log, asked, TOKENS, left)
+        together = way.endswith((" invariant", " fast"))
+        return lambda: ask_server(command(*BARE), log, asked, TOKENS, left, together=together)
 
     with all_started(request, [*WAYS], prepare, os.cpu_count()) as started:
         yield lambda name: started[name].result(left(PATIENCE))
@@ -206,6 +213,21 @@ def test_graphs_move_answers_more_than_those_of_bf16(runs: Runs, emulated: Emula
         limit = 1.3 * rounding(emulated, kind)
     print(f"{kind} {scheme}, graphs: moved by {ours:.4f} (limit {limit:.4f}), BF16 by {stock:.4f}; {agreeing} tokens")
     assert ours <= limit
+
+
+@pytest.mark.engine("{kind}: {scheme} invariant", "{kind}: W4A16 fast")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scheme", ["BF16", *SCHEMES])
+def test_invariant_answers_depend_on_other_prompts(runs: Runs, kind: str, scheme: str) -> None:
+    """To the bit; those of the fastest kernels do."""
+    alone, fast = runs(f"{kind}: {scheme} invariant"), runs(f"{kind}: W4A16 fast")
+    for what, found in ((f"{scheme}, invariant", alone), ("W4A16, fast", fast)):
+        by, agreeing = moved(found["together"], found)
+        print(f"{kind} {what}: moved by {by:.4f} where prompts are not alone; {agreeing} tokens agree")
+    assert {key: alone[key] for key in alone["together"]} == alone["together"]
+    assert flat(fast).tolist() != flat(fast["together"]).tolist(), "nothing here depends on the batch"
+    if scheme != "BF16":
+        assert "fouroversix: products are batch-invariant, as --enable-deterministic-inference asks" in alone["log"]
 
 
 @pytest.mark.engine("{kind}: as the README says")

@@ -18,7 +18,7 @@ from torch import Tensor
 from triton_interpreter import INTERPRETED_OR_CUDA, Interpreted, interpreted
 
 import fouroversix_plugin as fos
-from fouroversix_plugin import reference
+from fouroversix_plugin import kernels, reference
 from fouroversix_plugin.kernels import routing, triton_gemm, triton_gemm_kernels
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
 from fouroversix_plugin.recipe import Recipe
@@ -282,6 +282,16 @@ def test_a_launch_leaves_columns_out_or_depends_on_a_single_token(rows: int, col
         of_split = -(-words // launch.splits)
         assert (launch.splits - 1) * of_split < words <= launch.splits * of_split, "an empty split, or one too few"
         assert triton_gemm.choose(0, rows, columns, dtype) == triton_gemm.choose(16, rows, columns, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_batch_invariant_launch_depends_on_the_number_of_tokens(dtype: torch.dtype) -> None:
+    tokens = (1, 7, 64, 1000, 70000)
+    with kernels.batch_invariant(True):
+        (linear,) = {triton_gemm.choose(n, 48, 14336, dtype) for n in tokens}
+        assert len({triton_gemm.choose_for_experts(8 * n, 16, dtype, True) for n in tokens}) == 1
+    assert linear.splits == 1  # of more, many tokens' sums would want gigabytes
+    assert len({triton_gemm.choose(n, 48, 14336, dtype) for n in tokens}) > 1
 
 
 # --- experts ---

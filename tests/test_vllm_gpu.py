@@ -138,9 +138,9 @@ def graphs(way: str) -> dict[str, Any]:
     return {"enforce_eager": False, "compilation_config": GRAPHS[way]}
 
 
-def every_scheme(make: Make, asked: dict[str, Any], tokens: int = FEW) -> dict[str, Job]:
-    quantized = {scheme: job(make(scheme.lower()), asked, tokens=tokens) for scheme in SCHEMES}
-    return {"BF16": job(make("bf16"), asked), **quantized}
+def every_scheme(make: Make, asked: dict[str, Any], tokens: int = FEW, **more: Any) -> dict[str, Job]:
+    quantized = {scheme: job(make(scheme.lower()), asked, tokens=tokens, **more) for scheme in SCHEMES}
+    return {"BF16": job(make("bf16"), asked, **more), **quantized}
 
 
 WAYS: dict[str, Callable[[Make], dict[str, Job]]] = {
@@ -163,6 +163,10 @@ WAYS: dict[str, Callable[[Make], dict[str, Job]]] = {
     "whole": lambda make: every_scheme(make, graphs("whole")),
     "whole by Triton": lambda make: every_scheme(make, graphs("whole") | TRITON),
     "eager by Triton": lambda make: every_scheme(make, TRITON),
+    # By one order of sums, of whatever else there is in a step; and by whichever is the fastest.
+    "invariant": lambda make: every_scheme(make, {}, alone=True),
+    "invariant, compiled": lambda make: every_scheme(make, graphs("compiled"), alone=True),
+    "fast": lambda make: every_scheme(make, {}, alone=True),
     # Graphs read the weights from where they were.
     "stored, again": lambda make: {"": job(make("w4a16"), graphs("whole") | SLEEPY, **AGAIN)},
     "online, again": lambda make: {"": job(make("bf16"), OURS | SLEEPY, **AGAIN)},
@@ -233,7 +237,8 @@ def runs(
         def run() -> dict[str, Any]:
             for described in jobs.values():
                 described |= {key: str(value.result()) for key, value in described.items() if isinstance(value, Future)}
-            return run_engine(place, jobs, asked, limit=left())
+            switches = {"VLLM_BATCH_INVARIANT": "1"} if way.startswith("invariant") else {}
+            return run_engine(place, jobs, asked, limit=left(), **switches)
 
         return run
 
@@ -358,6 +363,25 @@ def test_a_long_generation_ends_in_nan(runs: Runs, kind: str, scheme: str) -> No
     print(f"{kind} {scheme}: logprobs of {tuple(generated.shape)} tokens from {generated.min():.2f}")
     assert generated.shape == (STREAMS, MANY)
     assert generated.isfinite().all()
+
+
+# --- batches ---
+
+
+@pytest.mark.engine("{kind}: {way}", "{kind}: fast")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scheme", ["BF16", *SCHEMES])
+@pytest.mark.parametrize("way", ["invariant", "invariant, compiled"])
+def test_invariant_answers_depend_on_other_prompts(runs: Runs, kind: str, scheme: str, way: str) -> None:
+    """To the bit, as BF16's do not; those of the fastest kernels do."""
+    together, fast = (answered(runs(f"{kind}: {one}")[scheme]) for one in (way, "fast"))
+    for what, found in ((way, together), ("fast", fast)):
+        by, agreeing = moved(found, found["alone"])
+        print(f"{kind} {scheme}, {what}: moved by {by:.4f} where prompts are not alone; {agreeing} tokens agree")
+    assert {key: together[key] for key in together["alone"]} == together["alone"]
+    assert flat(fast).tolist() != flat(fast["alone"]).tolist(), "nothing here depends on the batch"
+    if scheme == "W4A16":  # one line a process
+        assert "fouroversix: products are batch-invariant, as VLLM_BATCH_INVARIANT asks" in together["log"]
 
 
 # --- weights that go and come back, adapters, memory ---

@@ -1,11 +1,13 @@
 """What the plugin tells vLLM without an engine, as JSON; in a process of its own, as vLLM imports much."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
@@ -14,6 +16,7 @@ from vllm.model_executor.layers.linear import ReplicatedLinear
 
 import fouroversix_plugin as fos
 from fouroversix_plugin.formats import MODELOPT
+from fouroversix_plugin.kernels.invariance import is_batch_invariant
 from fouroversix_plugin.kernels.ops import PreparedWeight
 from fouroversix_plugin.serving.layer import LoadReport
 from fouroversix_plugin.serving.vllm import linear, moe
@@ -50,6 +53,12 @@ def key(*weights: PreparedWeight) -> str:
     return str(config.compute_hash())
 
 
+def invariant(variable: str) -> bool:
+    with mock.patch.dict(os.environ, {"VLLM_BATCH_INVARIANT": variable}):
+        method("", "model.layers.0.mlp")
+    return is_batch_invariant()
+
+
 def refusal(call: Callable[[], Any], load_format: str = "auto") -> str:
     try:
         with set_current_vllm_config(VllmConfig(load_config=LoadConfig(load_format=load_format))):
@@ -80,6 +89,7 @@ def main() -> dict[str, Any]:
                 cache_method(False, "fp8"),
             ],
             "keys": [key(one), key(one, one), key(other), key(tiles), key(one, other)],
+            "invariant": [invariant(variable) for variable in "010"],
             "online": refusal(lambda: linear.check_loading("layer", 1), "sharded_state"),
             "stored": refusal(lambda: linear.check_loads_weights("layer"), "sharded_state"),
             "usual": refusal(lambda: linear.check_loading("layer", 1)),

@@ -4,12 +4,14 @@ REQUEST is JSON: {"prompts": token ids, "documents": token ids and the first of 
 {"model": folder, "options": arguments of LLM, "capture": layer names, "weigh": whether to measure memory where there is
 no GPU, too (it takes seconds), "tokens": how many to generate, "top": how many log-probabilities of the documents to
 keep, "fp4_units": whether linear weights are prepared as for Blackwell, "reload": whether all weights are forgotten and
-loaded again in the end, "sleep": whether the engine then sleeps at both levels, "adapter": folder of a LoRA adapter}}}.
-OUT gets {name: {"logprobs", "tokens" and "generated" (their logprobs): one list a prompt, "adapted", "forgotten",
-"reloaded", "woken" and "refilled": logprobs, "log": our log lines, "most_held": full-precision layers held at once,
-"arrived": when each was whole (seconds of the thread that loads), "memory": bytes of the "weights", those "taken" once
-they are loaded and, on a GPU, at the "peak" before} or {"error": text}} after every job; captured layers' first inputs
-and outputs go to NAME.safetensors beside it, the documents' scores to NAME.scores.safetensors.
+loaded again in the end, "sleep": whether the engine then sleeps at both levels, "adapter": folder of a LoRA adapter,
+"alone": whether each prompt is asked by itself, too}}}.
+OUT gets {name: {"logprobs", "tokens" and "generated" (their logprobs): one list a prompt, "alone": these three once
+more, "adapted", "forgotten", "reloaded", "woken" and "refilled": logprobs, "log": our log lines, "most_held":
+full-precision layers held at once, "arrived": when each was whole (seconds of the thread that loads), "memory": bytes
+of the "weights", those "taken" once they are loaded and, on a GPU, at the "peak" before} or {"error": text}} after
+every job; captured layers' first inputs and outputs go to NAME.safetensors beside it, the documents' scores to
+NAME.scores.safetensors.
 """
 
 import gc
@@ -176,6 +178,11 @@ def generated_of(outputs: list[RequestOutput]) -> list[list[float]]:
     ]
 
 
+def said_in(outputs: list[RequestOutput]) -> dict[str, Any]:
+    tokens = [list(o.outputs[0].token_ids) for o in outputs]
+    return {"logprobs": logprobs_of(outputs), "generated": generated_of(outputs), "tokens": tokens}
+
+
 def forget(model: torch.nn.Module) -> None:
     for parameter in model.parameters():
         parameter.data.zero_()
@@ -190,9 +197,9 @@ def ask(llm: LLM, job: dict[str, Any], prompt_ids: list[list[int]], found: dict[
     def answer(**more: Any) -> list[RequestOutput]:
         return llm.generate(prompts, parameters, use_tqdm=False, **more)
 
-    outputs = answer()
-    found["logprobs"], found["generated"] = logprobs_of(outputs), generated_of(outputs)
-    found["tokens"] = [list(o.outputs[0].token_ids) for o in outputs]
+    found |= said_in(answer())
+    if job.get("alone", False):
+        found["alone"] = said_in([llm.generate(prompt, parameters, use_tqdm=False)[0] for prompt in prompts])
     if "adapter" in job:
         found["adapted"] = logprobs_of(answer(lora_request=LoRARequest("adapter", 1, job["adapter"])))
     if job.get("reload", False):

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from fouroversix_plugin import reference
 from fouroversix_plugin.kernels import build, ops, triton, triton_gemm
-from fouroversix_plugin.kernels.hopper import batch_invariant
+from fouroversix_plugin.kernels.invariance import batch_invariant, set_batch_invariant
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
 from fouroversix_plugin.recipe import Recipe
 
-__all__ = ["Backend", "backends", "batch_invariant", "select"]
+__all__ = ["Backend", "backends", "batch_invariant", "select", "set_batch_invariant"]
 
 logger = logging.getLogger(__name__)
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fouroversix_plugin import reference
 from fouroversix_plugin.kernels import triton, triton_gemm
+from fouroversix_plugin.kernels.invariance import is_batch_invariant
 from fouroversix_plugin.nvfp4 import ScaleLayout, padded_scale_shape, scales_from_layout, scales_to_layout
 from fouroversix_plugin.recipe import BLOCK_SIZE
 
@@ -62,6 +63,8 @@ def reason(device: torch.device, scheme: str, shape: Sequence[int]) -> str | Non
         return "activations are not quantized" if scheme else "activations need not be quantized"
     if len(shape) > 2:
         return NO_EXPERTS
+    if is_batch_invariant():
+        return "the order of its sums may depend on the number of tokens, and results have to be batch-invariant"
     rows, columns = shape
     if rows % _ROWS or columns % _COLUMNS:
         return f"weight [{rows}, {columns}], needed multiples of {_ROWS} and {_COLUMNS}"
@@ -108,8 +111,14 @@ def linear(
         dtype: bf16, fp16 or fp32.
 
     Raises:
-        ValueError: a number, dtype or device of one that does not fit the others'.
+        ValueError: a number, dtype or device of one that does not fit the others'; results that have to be
+            batch-invariant.
     """
+    if is_batch_invariant():
+        raise ValueError(
+            "weight: got one for FP4 units, whose sums may depend on the number of tokens, needed one prepared when "
+            "results already had to be batch-invariant; call set_batch_invariant before weights are loaded"
+        )
     rows = decode_scale.shape[0]
     _check_operand("x", x, x_block_scale, token_scale, x)
     _check_operand("weight", weight, block_scale, decode_scale, x)

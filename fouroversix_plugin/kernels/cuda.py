@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fouroversix_plugin.kernels import blackwell, build, hopper, native, reference_operators, triton, triton_gemm
+from fouroversix_plugin.kernels.invariance import is_batch_invariant
 from fouroversix_plugin.nvfp4 import ScaleLayout
 from fouroversix_plugin.recipe import Granularity, Recipe
 
@@ -83,6 +84,9 @@ def choose(packed: Tensor, dtype: torch.dtype, scheme: str) -> Products:
         packed: uint8 [N, K/2], or [E, N, K/2] of experts.
         dtype: of the activations.
         scheme: "W4A4", "W4A16", or "" for a weight that both multiply.
+
+    Raises:
+        ValueError: results have to be batch-invariant, and there is nothing whose are.
     """
     reasons: dict[Products, str | None] = {"hopper": _no_hopper(packed, dtype)}
     if reasons["hopper"] is not None:
@@ -92,7 +96,13 @@ def choose(packed: Tensor, dtype: torch.dtype, scheme: str) -> Products:
             reasons["triton"] = triton.reason()
     chosen: Products = next((name for name, reason in reasons.items() if reason is None), "torch")
     passed_over = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason is not None)
-    _log_choice("experts" if packed.ndim > 2 else "linear", scheme, chosen, passed_over)
+    what = "experts" if packed.ndim > 2 else "linear"
+    if chosen == "torch" and is_batch_invariant():
+        raise ValueError(
+            f"products of {what}: got those of torch, whose sums depend on the number of tokens, needed some that are "
+            f"batch-invariant ({passed_over}); install Triton, or do without batch invariance"
+        )
+    _log_choice(what, scheme, chosen, passed_over)
     return chosen
 
 

@@ -7,15 +7,13 @@ kernels, as e2m1 * block_scale is exact in either. Nothing waits for the GPU, an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Final, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from fouroversix_plugin.kernels import build, native
+from fouroversix_plugin.kernels.invariance import is_batch_invariant
 from fouroversix_plugin.recipe import Recipe
 from fouroversix_plugin.reference import Activation
 
@@ -34,8 +32,6 @@ _FEW_ROWS: Final = 8
 _QUANTIZED: Final = -1
 """How far a row of intermediate results is once it is quantized, as csrc/operands.h says; before, tiles are counted."""
 
-_batch_invariant = ContextVar("_batch_invariant", default=False)
-
 
 def reason(device: torch.device) -> str | None:
     """Why these kernels cannot run on ``device``, or None. This compiles them, if nobody has."""
@@ -45,20 +41,6 @@ def reason(device: torch.device) -> str | None:
     if capability != build.HOPPER:
         return f"compute capability {capability[0]}.{capability[1]}, needed 9.0"
     return build.load("cuda")
-
-
-@contextmanager
-def batch_invariant(on: bool) -> Iterator[None]:
-    """Within it, no row's result of this thread depends on how many other rows a call has.
-
-    Elsewhere M, and how the chip groups its multiprocessors, decide how thread blocks share the sum over K, and with it
-    the order of fp32 additions.
-    """
-    before = _batch_invariant.set(on)
-    try:
-        yield
-    finally:
-        _batch_invariant.reset(before)
 
 
 def prepare(packed: Tensor, block_scale: Tensor, gated: bool) -> tuple[Tensor, Tensor]:
@@ -93,7 +75,7 @@ def linear(
 ) -> Tensor:
     """((x W^T) * token_scale) * decode_scale + bias in fp32, rounded to the dtype of x: [M, N]."""
     out: Tensor = torch.ops.fouroversix_cuda.linear(
-        x, codes, block_scale, decode_scale, token_scale, bias, _batch_invariant.get(), 0, 1, 1
+        x, codes, block_scale, decode_scale, token_scale, bias, is_batch_invariant(), 0, 1, 1
     )
     return out
 
@@ -233,7 +215,7 @@ def _row_tiles_beside(
 def _rows_of_a_tile(slots: int, experts: int, *columns: int) -> int:
     """Rows of x that a tile multiplies: about all that an expert has, so that its weights are unpacked once."""
     # The kernel for few rows shares out a sum as suits their number, and holds whole pairs of steps or one piece of x.
-    few = not _batch_invariant.get() and all(k % 128 == 0 or k <= 2048 for k in columns)
+    few = not is_batch_invariant() and all(k % 128 == 0 or k <= 2048 for k in columns)
     rows = slots / experts
     if few and 1.5 * rows <= _FEW_ROWS:
         return _FEW_ROWS

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fouroversix_plugin.kernels import routing, triton
+from fouroversix_plugin.kernels.invariance import is_batch_invariant
 from fouroversix_plugin.nvfp4 import check_columns
 from fouroversix_plugin.recipe import BLOCK_SIZE, Recipe
 
@@ -139,6 +140,9 @@ _FP32_TILE: Final = Launch(64, 16, 1, 4)
 # Two programs for each of the 132 processors of an H100 or H200: fewer leave memory idle. A constant, as another
 # number of splits is another order of the sum.
 _PROGRAMS: Final = 264
+# Of a tile that every number of tokens has where results are batch-invariant, whose sums are not split: between them,
+# splits of many tokens would want gigabytes.
+_INVARIANT_TOKENS: Final = 64
 # A program that sums less than 512 columns is over before its loads are under way.
 _LEAST_WORDS: Final = 4
 _ROWS: Final = 128
@@ -150,6 +154,8 @@ _MOST_STAGES: Final = 5
 
 def choose(tokens: int, rows: int, columns: int, dtype: torch.dtype) -> Launch:
     """The launch of a product with x of ``dtype``; the same for all numbers of tokens between two powers of two."""
+    if is_batch_invariant():
+        return _tile(_INVARIANT_TOKENS, _MOST_TOKENS, dtype)
     bucket = _bucket(tokens)
     tile = _tile(bucket, _MOST_TOKENS, dtype)
     tiles = -(-rows // tile.rows) * -(-bucket // tile.tokens)
@@ -164,7 +170,8 @@ def choose_for_experts(slots: int, experts: int, dtype: torch.dtype, groups: boo
 
     Where warps do not multiply in ``groups``, tokens are operands in registers too, and two weights leave few for them.
     """
-    return _tile(_bucket(-(-slots // experts)), _MOST_TOKENS if groups else _MOST_TOKENS // 2, dtype)
+    tokens = _INVARIANT_TOKENS if is_batch_invariant() else _bucket(-(-slots // experts))
+    return _tile(tokens, _MOST_TOKENS if groups else _MOST_TOKENS // 2, dtype)
 
 
 def _tile(tokens: int, most: int, dtype: torch.dtype) -> Launch:

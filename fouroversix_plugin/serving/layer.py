@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fouroversix_plugin.formats import INPUT_SCALE_RANGE, Format, Part
-from fouroversix_plugin.kernels import ops, select
+from fouroversix_plugin.kernels import ops, select, set_batch_invariant
 from fouroversix_plugin.nvfp4 import NVFP4Tensor
 from fouroversix_plugin.recipe import BLOCK_SIZE, Recipe, Scheme
 from fouroversix_plugin.weights import (
@@ -87,6 +87,21 @@ def refuse_offloading(where: str, given: Mapping[str, float]) -> None:
                 f"{where}: got {flag} {got:g}, needed none with weights that are quantized while loading; leave the "
                 "flag out, or serve a checkpoint that `fouroversix quantize` wrote"
             )
+
+
+def follow_batch_invariance(asked: bool, switch: str) -> None:
+    """Make products of this process batch-invariant, or not, as an engine's ``switch`` asks: before they are chosen.
+
+    By ours alone, the answers of an engine whose other layers are would still depend on the batch.
+    """
+    set_batch_invariant(asked)
+    if asked:
+        _log_batch_invariance(switch)
+
+
+@functools.cache
+def _log_batch_invariance(switch: str) -> None:
+    logger.info("fouroversix: products are batch-invariant, as %s asks", switch)
 
 
 @dataclass(frozen=True, slots=True)

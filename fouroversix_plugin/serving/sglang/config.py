@@ -20,7 +20,7 @@ from transformers.utils import cached_file
 from fouroversix_plugin.checkpoint.files import HF_QUANT_CONFIG, read_json
 from fouroversix_plugin.formats import Format
 from fouroversix_plugin.recipe import QUANT_METHOD, Scheme, preset
-from fouroversix_plugin.serving.layer import LoadReport, refuse_offloading
+from fouroversix_plugin.serving.layer import LoadReport, follow_batch_invariance, refuse_offloading
 from fouroversix_plugin.serving.module import refuse_random_bytes
 from fouroversix_plugin.serving.scheme import claims, fused_shards, served
 from fouroversix_plugin.serving.sglang import server_args
@@ -130,6 +130,7 @@ class FourOverSixConfig(_AskedByModels, QuantizationConfig):
         return []
 
     def get_quant_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
+        follow_batch_invariance(server_args().enable_deterministic_inference, "--enable-deterministic-inference")
         if isinstance(layer, LinearBase):
             mapping = {**_FUSED, **self.packed_modules_mapping}
             if any(self.scheme.ignores(name, fused_shards(name, mapping)) for name in spellings(prefix)):

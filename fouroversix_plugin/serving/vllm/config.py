@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from vllm import envs
 from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
@@ -15,7 +16,7 @@ from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 from fouroversix_plugin.checkpoint.files import HF_QUANT_CONFIG
 from fouroversix_plugin.formats import Format
 from fouroversix_plugin.recipe import QUANT_METHOD, Scheme, preset
-from fouroversix_plugin.serving.layer import LoadReport
+from fouroversix_plugin.serving.layer import LoadReport, follow_batch_invariance
 from fouroversix_plugin.serving.scheme import claims, fused_shards, served
 from fouroversix_plugin.serving.vllm.linear import OnlineLinearMethod, StoredLinearMethod, spellings
 
@@ -80,6 +81,7 @@ class FourOverSixConfig(QuantizationConfig):
         self.scheme = replace(self.scheme, ignore=tuple(dict.fromkeys(self.scheme.ignore + mapped)))
 
     def get_quant_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
+        follow_batch_invariance(envs.VLLM_BATCH_INVARIANT, "VLLM_BATCH_INVARIANT")
         if isinstance(layer, LinearBase):
             if any(self.scheme.ignores(n, fused_shards(n, self.packed_modules_mapping)) for n in spellings(prefix)):
                 return UnquantizedLinearMethod()
