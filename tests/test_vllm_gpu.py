@@ -139,9 +139,13 @@ def graphs(way: str) -> dict[str, Any]:
     return {"enforce_eager": False, "compilation_config": GRAPHS[way]}
 
 
-def every_scheme(make: Make, asked: dict[str, Any], tokens: int = FEW, **more: Any) -> dict[str, Job]:
-    quantized = {scheme: job(make(scheme.lower()), asked, tokens=tokens, **more) for scheme in SCHEMES}
-    return {"BF16": job(make("bf16"), asked, **more), **quantized}
+def every_scheme(make: Make, asked: dict[str, Any], tokens: int = FEW) -> dict[str, Job]:
+    quantized = {scheme: job(make(scheme.lower()), asked, tokens=tokens) for scheme in SCHEMES}
+    return {"BF16": job(make("bf16"), asked), **quantized}
+
+
+def also_alone(make: Make, scheme: str) -> dict[str, Job]:
+    return {"": job(make(scheme.lower()), graphs("compiled"), alone=True)}
 
 
 WAYS: dict[str, Callable[[Make], dict[str, Job]]] = {
@@ -165,8 +169,8 @@ WAYS: dict[str, Callable[[Make], dict[str, Job]]] = {
     "whole by Triton": lambda make: every_scheme(make, graphs("whole") | TRITON),
     "eager by Triton": lambda make: every_scheme(make, TRITON),
     # By one order of sums, whatever else there is in a step, and by whichever is the fastest.
-    INVARIANT: lambda make: every_scheme(make, graphs("compiled"), alone=True),
-    "fast": lambda make: {"W4A16": job(make("w4a16"), graphs("compiled"), alone=True)},
+    **{f"{INVARIANT} {scheme}": functools.partial(also_alone, scheme=scheme) for scheme in ["BF16", *SCHEMES]},
+    "fast W4A16": functools.partial(also_alone, scheme="W4A16"),
     # Graphs read the weights from where they were.
     "stored, again": lambda make: {"": job(make("w4a16"), graphs("whole") | SLEEPY, **AGAIN)},
     "online, again": lambda make: {"": job(make("bf16"), OURS | SLEEPY, **AGAIN)},
@@ -237,7 +241,7 @@ def runs(
         def run() -> dict[str, Any]:
             for described in jobs.values():
                 described |= {key: str(value.result()) for key, value in described.items() if isinstance(value, Future)}
-            switches = {"VLLM_BATCH_INVARIANT": "1"} if way == INVARIANT else {}
+            switches = {"VLLM_BATCH_INVARIANT": "1"} if way.startswith(INVARIANT) else {}
             return run_engine(place, jobs, asked, limit=left(), **switches)
 
         return run
@@ -368,18 +372,19 @@ def test_a_long_generation_ends_in_nan(runs: Runs, kind: str, scheme: str) -> No
 # --- batches ---
 
 
-@pytest.mark.engine(f"{{kind}}: {INVARIANT}", "{kind}: fast")
+@pytest.mark.engine(f"{{kind}}: {INVARIANT} {{scheme}}", "{kind}: fast W4A16")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scheme", ["BF16", *SCHEMES])
 def test_invariant_answers_depend_on_other_prompts(runs: Runs, kind: str, scheme: str) -> None:
     """To the bit; those of the fastest kernels do."""
-    together, fast = answered(runs(f"{kind}: {INVARIANT}")[scheme]), answered(runs(f"{kind}: fast")["W4A16"])
-    for what, found in ((f"{scheme}, {INVARIANT}", together), ("W4A16, fast", fast)):
+    ways = f"{INVARIANT} {scheme}", "fast W4A16"
+    together, fast = (answered(runs(f"{kind}: {way}")[""]) for way in ways)
+    for what, found in zip(ways, (together, fast), strict=True):
         by, agreeing = moved(found, found["alone"])
         print(f"{kind} {what}: moved by {by:.4f} where prompts are not alone; {agreeing} tokens agree")
     assert {key: together[key] for key in together["alone"]} == together["alone"]
     assert fast["logprobs"] != fast["alone"]["logprobs"], "nothing here depends on the batch"
-    if scheme == "W4A16":  # one line a process
+    if scheme != "BF16":
         assert "fouroversix: products are batch-invariant, as VLLM_BATCH_INVARIANT asks" in together["log"]
 
 
