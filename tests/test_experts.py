@@ -37,7 +37,7 @@ from products import (
 from torch import Tensor
 
 from fouroversix_plugin import kernels, reference
-from fouroversix_plugin.kernels import ops
+from fouroversix_plugin.kernels import hopper, ops
 from fouroversix_plugin.recipe import Recipe
 
 # (E, top_k, H, I)
@@ -51,6 +51,22 @@ by_shape = over("shape", SMALL, ALL, ALL[:-1])
 by_scheme = pytest.mark.parametrize("activations", [None, Recipe()], ids=["W4A16", "W4A4"])
 by_place = pytest.mark.parametrize("on_input", [False, True], ids=["weight-on-output", "weight-on-input"])
 prepared_only = pytest.mark.parametrize("products", [CPU[0], CUDA[0]])
+
+
+# An expert has less than a row, or one of columns that the kernel for few rows cannot take; then Qwen3-30B-A3B for one
+# token, on one GPU and on two, and for so many that experts have 1, 4, 16, 128 and 512 rows.
+@pytest.mark.parametrize(
+    ("slots", "experts", "hidden", "inner", "rows"),
+    [
+        *[(8, 16, 576, 48, 8), (16, 16, 2064, 48, 32), (8, 128, 2048, 768, 32), (8, 128, 2048, 384, 8)],
+        *[(128, 128, 2048, 768, 32), (512, 128, 2048, 768, 32), (2048, 128, 2048, 768, 32)],
+        *[(16384, 128, 2048, 768, 192), (65536, 128, 2048, 768, 128)],
+    ],
+)
+def test_tiles_on_hopper_hold_other_rows(slots: int, experts: int, hidden: int, inner: int, rows: int) -> None:
+    assert hopper._rows_of_a_tile(slots, experts, hidden, inner) == rows
+    with kernels.batch_invariant(True):
+        assert hopper._rows_of_a_tile(slots, experts, hidden, inner) >= 32
 
 
 def check(what: str, y: Tensor, expected: Expected, hidden: int) -> None:

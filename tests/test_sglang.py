@@ -435,6 +435,12 @@ def loaded(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
             "flags": ["--kv-cache-dtype", "fp8_e4m3"],
         },
         "cache in BF16": {"model": small / "cache"},
+        # Of attention that SGLang lets be deterministic; none of it runs here.
+        "invariant": {
+            "model": small / "w4a4",
+            "flags": ["--attention-backend", "triton", "--enable-deterministic-inference"],
+            "layers": LAYERS,
+        },
         "dummy": {"model": small / "bf16", "flags": [*METHOD, "--load-format", "dummy"]},
         "ignoring": {
             "model": small / "bf16",
@@ -469,10 +475,15 @@ def captured(loaded: dict[str, Any], job: str) -> Tensors:
     return load_file(loaded["folder"] / f"{job}.safetensors")
 
 
-@pytest.mark.parametrize("job", ["online W4A4", "modelopt"])
+@pytest.mark.parametrize("job", ["online W4A4", "modelopt", "invariant"])
 def test_the_same_weights_compute_something_else(loaded: dict[str, Any], job: str) -> None:
     ours, theirs = captured(loaded, "stored W4A4"), captured(loaded, job)
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_sglangs_switch_for_batch_invariance_is_passed_over(loaded: dict[str, Any]) -> None:
+    line = "fouroversix: products are batch-invariant, as --enable-deterministic-inference asks"
+    assert [name for name, job in loaded.items() if name != "folder" and line in job.get("log", ())] == ["invariant"]
 
 
 @pytest.mark.parametrize(
