@@ -51,9 +51,10 @@ def test_a_thread_does_without_what_its_process_has() -> None:
 def test_an_engines_switch_is_passed_over_or_goes_unsaid(log: pytest.LogCaptureFixture) -> None:
     layer.follow_batch_invariance(False, "--a-switch")
     assert not is_batch_invariant()
+    assert not log.records
     for _ in range(2):
         layer.follow_batch_invariance(True, "--a-switch")
         assert is_batch_invariant()
     assert [r.message for r in log.records] == ["fouroversix: products are batch-invariant, as --a-switch asks"]
-    layer.follow_batch_invariance(False, "--a-switch")
-    assert not is_batch_invariant()
+    layer.follow_batch_invariance(False, "--another")
+    assert is_batch_invariant(), "somebody has asked for it"

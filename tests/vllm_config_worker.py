@@ -89,7 +89,7 @@ def main() -> dict[str, Any]:
                 cache_method(False, "fp8"),
             ],
             "keys": [key(one), key(one, one), key(other), key(tiles), key(one, other)],
-            "invariant": [invariant(variable) for variable in "010"],
+            "invariant": [invariant(variable) for variable in "01"],
             "online": refusal(lambda: linear.check_loading("layer", 1), "sharded_state"),
             "stored": refusal(lambda: linear.check_loads_weights("layer"), "sharded_state"),
             "usual": refusal(lambda: linear.check_loading("layer", 1)),

@@ -140,8 +140,8 @@ _FP32_TILE: Final = Launch(64, 16, 1, 4)
 # Two programs for each of the 132 processors of an H100 or H200: fewer leave memory idle. A constant, as another
 # number of splits is another order of the sum.
 _PROGRAMS: Final = 264
-# Of a tile that every number of tokens has where results are batch-invariant, whose sums are not split: between them,
-# splits of many tokens would want gigabytes.
+# Of every tile where results have to be batch-invariant, whose sums are not split: those of splits of many tokens would
+# take gigabytes.
 _INVARIANT_TOKENS: Final = 64
 # A program that sums less than 512 columns is over before its loads are under way.
 _LEAST_WORDS: Final = 4
@@ -153,7 +153,10 @@ _MOST_STAGES: Final = 5
 
 
 def choose(tokens: int, rows: int, columns: int, dtype: torch.dtype) -> Launch:
-    """The launch of a product with x of ``dtype``; the same for all numbers of tokens between two powers of two."""
+    """The launch of a product with x of ``dtype``.
+
+    The same for all numbers of tokens between two powers of two, and for all where results have to be batch-invariant.
+    """
     if is_batch_invariant():
         return _tile(_INVARIANT_TOKENS, _MOST_TOKENS, dtype)
     bucket = _bucket(tokens)
@@ -166,7 +169,7 @@ def choose(tokens: int, rows: int, columns: int, dtype: torch.dtype) -> Launch:
 
 
 def choose_for_experts(slots: int, experts: int, dtype: torch.dtype, groups: bool) -> Launch:
-    """The launch of the experts' products: tiles of as many tokens as an expert has on average.
+    """The launch of the experts' products: tiles of as many tokens as an expert has on average, or batch-invariant.
 
     Where warps do not multiply in ``groups``, tokens are operands in registers too, and two weights leave few for them.
     """

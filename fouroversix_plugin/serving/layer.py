@@ -90,12 +90,13 @@ def refuse_offloading(where: str, given: Mapping[str, float]) -> None:
 
 
 def follow_batch_invariance(asked: bool, switch: str) -> None:
-    """Make products of this process batch-invariant, or not, as an engine's ``switch`` asks: before they are chosen.
+    """Make products of this process batch-invariant where an engine's ``switch`` asks for it: before they are chosen.
 
-    By ours alone, the answers of an engine whose other layers are would still depend on the batch.
+    By ours alone, the answers of an engine whose other layers are would still depend on the batch. Where it does not
+    ask, whoever has set it otherwise is not overruled.
     """
-    set_batch_invariant(asked)
     if asked:
+        set_batch_invariant(True)
         _log_batch_invariance(switch)
 
 
