@@ -130,7 +130,6 @@ class FourOverSixConfig(_AskedByModels, QuantizationConfig):
         return []
 
     def get_quant_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
-        follow_batch_invariance(server_args().enable_deterministic_inference, "--enable-deterministic-inference")
         if isinstance(layer, LinearBase):
             mapping = {**_FUSED, **self.packed_modules_mapping}
             if any(self.scheme.ignores(name, fused_shards(name, mapping)) for name in spellings(prefix)):
@@ -174,10 +173,11 @@ _ADDED: Final = ("packed_modules_mapping", "hf_config")
 
 
 def see_checkpoint(made: Any, model_config: Any, load_config: Any) -> None:
-    """After SGLang has made a quantization config: tell one of ours which checkpoint it is for."""
+    """After SGLang has made a quantization config, and before layers: tell one of ours which checkpoint it is for."""
     if not isinstance(made, FourOverSixConfig):
         return
     _refuse_tokenizer_workers()
+    follow_batch_invariance(server_args().enable_deterministic_inference, "--enable-deterministic-inference")
     model = model_config.model_path
     where = {"revision": model_config.revision, "cache_dir": load_config.download_dir}
     config, older = (_json(model, name, **where) for name in ("config.json", HF_QUANT_CONFIG))
