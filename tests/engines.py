@@ -357,6 +357,19 @@ def moved_beside_bf16(
     return by, of_bf16
 
 
+def assert_batch_invariant(what: str, beside: str, served: dict[str, Any], fast: dict[str, Any]) -> None:
+    """Prompts asked one by one and together have the same answers to the bit, unlike those of the fastest kernels.
+
+    Args:
+        beside: where a run's results have what it said the other way.
+    """
+    for name, found in ((what, served), ("the fastest kernels", fast)):
+        by, agreeing = moved(found, found[beside])
+        print(f"{name}: moved by {by:.4f} where prompts are not alone; {agreeing} tokens agree")
+    assert {key: served[key] for key in served[beside]} == served[beside]
+    assert fast["logprobs"] != fast[beside]["logprobs"], "nothing here depends on the batch"
+
+
 def assert_w4a16(
     emulated: Emulated, kind: str, served: torch.Tensor, dequantized: torch.Tensor, full: torch.Tensor
 ) -> None:

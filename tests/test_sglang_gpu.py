@@ -31,6 +31,7 @@ from engines import (
     Checkpoint,
     Emulated,
     all_started,
+    assert_batch_invariant,
     assert_w4a4,
     assert_w4a16,
     chat_once,
@@ -220,14 +221,10 @@ def test_graphs_move_answers_more_than_those_of_bf16(runs: Runs, emulated: Emula
 @pytest.mark.parametrize("scheme", ["BF16", *SCHEMES])
 def test_invariant_answers_depend_on_other_prompts(runs: Runs, kind: str, scheme: str) -> None:
     """To the bit; those of the fastest kernels do."""
-    alone, fast = runs(f"{kind}: {scheme} invariant"), runs(f"{kind}: W4A16 fast")
-    for what, found in ((f"{scheme}, invariant", alone), ("W4A16, fast", fast)):
-        by, agreeing = moved(found["together"], found)
-        print(f"{kind} {what}: moved by {by:.4f} where prompts are not alone; {agreeing} tokens agree")
-    assert {key: alone[key] for key in alone["together"]} == alone["together"]
-    assert fast["logprobs"] != fast["together"]["logprobs"], "nothing here depends on the batch"
+    served, fast = runs(f"{kind}: {scheme} invariant"), runs(f"{kind}: W4A16 fast")
+    assert_batch_invariant(f"{kind} {scheme}", "together", served, fast)
     if scheme != "BF16":
-        assert "fouroversix: products are batch-invariant, as --enable-deterministic-inference asks" in alone["log"]
+        assert "fouroversix: products are batch-invariant, as --enable-deterministic-inference asks" in served["log"]
 
 
 @pytest.mark.engine("{kind}: as the README says")

@@ -220,7 +220,8 @@ def _rows_of_a_tile(slots: int, experts: int, hidden: int, inner: int) -> int:
     """Rows of x that a tile multiplies: about all that an expert has, so that its weights are unpacked once."""
     # The kernel for few rows shares out a sum as suits their number, and holds whole pairs of steps or one piece of x.
     few = not is_batch_invariant() and all(k % 128 == 0 or k <= 2048 for k in (hidden, inner))
-    rows, tiles = slots / experts, min(slots, experts) * -(-min(2 * inner, hidden) // _TILE_WEIGHT_ROWS)
+    rows = slots / experts
+    tiles = min(slots, experts) * -(-min(2 * inner, hidden) // _TILE_WEIGHT_ROWS)
     if few and 1.5 * rows <= _FEW_ROWS and tiles < _FULL_CHIP:
         return _FEW_ROWS
     # With about 128 rows an expert, half of the experts would need a second tile for a few.

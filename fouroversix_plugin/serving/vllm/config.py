@@ -81,6 +81,7 @@ class FourOverSixConfig(QuantizationConfig):
         self.scheme = replace(self.scheme, ignore=tuple(dict.fromkeys(self.scheme.ignore + mapped)))
 
     def get_quant_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
+        # Here, as nothing else of a config is called wherever layers are made: workers are given copies of it.
         follow_batch_invariance(envs.VLLM_BATCH_INVARIANT, "VLLM_BATCH_INVARIANT")
         if isinstance(layer, LinearBase):
             if any(self.scheme.ignores(n, fused_shards(n, self.packed_modules_mapping)) for n in spellings(prefix)):
